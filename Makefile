@@ -1,0 +1,48 @@
+# Everything happens in .venv, which each target sets up for itself; nothing but python3, pip and make is needed.
+#   make demo        the whole story on a small real task, a few minutes on a CPU
+#   make test        the test suite
+#   make test-full   the same with the slow tests
+#   make lint        ruff
+#   make bench-quick our losses against straightforward PyTorch on this CPU: time and peak memory
+# Options: PYTHON=python3.12, PIP_ARGS="..." (passed to pip), ARGS="..." (passed to the demo or to pytest).
+
+PYTHON   ?= python3
+PIP_ARGS ?=
+ARGS     ?=
+VENV     := .venv
+PY       := $(VENV)/bin/python
+
+.PHONY: demo test test-full lint format bench-quick clean
+
+demo: $(VENV)/.has-demo
+	$(PY) -m caop_fast.cli demo $(ARGS)
+
+test: $(VENV)/.has-dev
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-full: $(VENV)/.has-dev
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.has-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.has-dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench-quick: $(VENV)/.has-dev
+	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+
+# Debian's python3 comes without ensurepip, so the environment is made without pip and filled by the outer one.
+$(PY):
+	@echo "== making $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv --without-pip $(VENV)
+
+$(VENV)/.has-%: pyproject.toml constraints.txt | $(PY)
+	@echo "== installing caop-fast[$*] and what it needs into $(VENV) (once; a minute or two)"
+	$(PYTHON) -m pip --python $(PY) install --progress-bar on -c constraints.txt $(PIP_ARGS) -e ".[$*]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""The code our losses are measured against."""

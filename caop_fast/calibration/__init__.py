@@ -1,0 +1,28 @@
+"""Calibration: reading a stated confidence, metrics with intervals, and the audit. Needs numpy alone; never torch."""
+
+from caop_fast.calibration.intervals import Difference, bootstrap_intervals, ece_floor, paired_bootstrap
+from caop_fast.calibration.metrics import (
+    ReliabilityBin,
+    calibration_metrics,
+    constant_baseline,
+    reliability_bins,
+    risk_coverage_curve,
+    wilson_interval,
+)
+from caop_fast.calibration.parse import ParsedConfidence, parse_confidence, replace_confidence
+
+__all__ = [
+    "Difference",
+    "ParsedConfidence",
+    "ReliabilityBin",
+    "bootstrap_intervals",
+    "calibration_metrics",
+    "constant_baseline",
+    "ece_floor",
+    "paired_bootstrap",
+    "parse_confidence",
+    "reliability_bins",
+    "replace_confidence",
+    "risk_coverage_curve",
+    "wilson_interval",
+]

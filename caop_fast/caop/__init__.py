@@ -1,0 +1,37 @@
+"""The method, apart from any training loop: confidence prompts, verifiers, token splice, teacher contexts.
+
+Importing this needs neither torch nor transformers; a tokenizer is only ever passed in.
+"""
+
+from __future__ import annotations
+
+from .prompts import ask_for_confidence, confidence_instruction
+from .splice import Spliced, candidate_ids, locate_confidence, splice_confidence
+from .statement import answer_text
+from .style import ConfidenceStyle
+from .teacher import DEFAULT_NOTE, DEFAULT_TEMPLATE, TeacherContext, encode_prompt, student_messages
+from .tools import ToolCalls
+from .verifiers import MultipleChoice, OneOf, Verdict, Verifier, normalise_text, success_rates
+
+__all__ = [
+    "DEFAULT_NOTE",
+    "DEFAULT_TEMPLATE",
+    "ConfidenceStyle",
+    "MultipleChoice",
+    "OneOf",
+    "Spliced",
+    "TeacherContext",
+    "ToolCalls",
+    "Verdict",
+    "Verifier",
+    "answer_text",
+    "ask_for_confidence",
+    "candidate_ids",
+    "confidence_instruction",
+    "encode_prompt",
+    "locate_confidence",
+    "normalise_text",
+    "splice_confidence",
+    "student_messages",
+    "success_rates",
+]

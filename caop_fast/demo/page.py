@@ -1,0 +1,381 @@
+"""What the demo shows at its end: the verdict in two sentences, the table for the terminal, the page with it all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..calibration import page, plots
+from ..calibration.answers import Arm
+from ..calibration.files import write_atomic
+from ..calibration.intervals import ece_floor
+from ..calibration.metrics import constant_baseline
+from ..calibration.table import format_table, format_value, metric_rows
+
+PAGE_NAME = "demo.html"
+CALIBRATION_KEYS = ("accuracy", "mean_confidence", "overconfidence_gap", "ece", "brier", "spr", "auroc")
+ENTROPY_KEYS = ("answer_entropy", "confidence_entropy")
+ARM_MEANINGS = {
+    "base": "the model before distillation",
+    "opd": "plain on-policy distillation: answer and confidence both copied from the teacher, who saw the solution",
+    "caop": "calibration-aware distillation: the teacher is told the student's own success rate",
+    "direct": "the success rate is taught by a loss on the confidence value itself",
+    "masked": "control: plain distillation with no loss on the confidence value",
+}
+# changes smaller than these are not called changes: about twice the sampling error on some thousand answers
+ACCURACY_CHANGE = 0.02
+CALIBRATION_CHANGE = 0.05
+
+Answers = Mapping[str, tuple[Any, Any, Any]]
+
+
+def _arm(summary: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    return next((arm for arm in summary["arms"] if arm["name"] == name), None)
+
+
+def _percent(value: float | None) -> str:
+    return format_value(value, "percent")
+
+
+def demo_verdict(summary: Mapping[str, Any]) -> str:
+    """Two sentences that follow from `summary["arms"]`: what plain distillation did, and what CaOP did about it.
+
+    They say so when the expected effect did not appear, and when an arm needed to judge it was not run.
+    """
+    return f"{_distillation_sentence(summary)} {_repair_sentence(summary)}"
+
+
+def _known(*values: float | None) -> bool:
+    return all(value is not None for value in values)
+
+
+def _distillation_sentence(summary: Mapping[str, Any]) -> str:
+    base, opd = _arm(summary, "base"), _arm(summary, "opd")
+    if base is None or opd is None:
+        missing = " and ".join(name for name, arm in (("base", base), ("opd", opd)) if arm is None)
+        return f"What plain on-policy distillation does cannot be judged, because {missing} was not run."
+    needed = ("accuracy", "mean_confidence", "overconfidence_gap", "ece")
+    if not _known(*(arm.get(key) for arm in (base, opd) for key in needed)):
+        return "What plain on-policy distillation does cannot be judged: base or opd states no readable confidence."
+    change = opd["accuracy"] - base["accuracy"]
+    accuracy = f"from {_percent(base['accuracy'])} to {_percent(opd['accuracy'])}"
+    confidence = f"from {_percent(base['mean_confidence'])} to {_percent(opd['mean_confidence'])}"
+    error = f"from {base['ece']:.2f} to {opd['ece']:.2f}"
+    if change > ACCURACY_CHANGE:
+        what = f"made the model more accurate ({accuracy})"
+    elif change < -ACCURACY_CHANGE:
+        what = f"made the model less accurate ({accuracy})"
+    else:
+        what = f"left accuracy where it was ({accuracy})"
+    worse_gap = opd["overconfidence_gap"] - base["overconfidence_gap"] > CALIBRATION_CHANGE
+    worse_ece = opd["ece"] - base["ece"] > CALIBRATION_CHANGE
+    if worse_gap and worse_ece and opd["overconfidence_gap"] > 0:
+        link = "and" if change > ACCURACY_CHANGE else "but"
+        blind = "blindly certain" if opd["mean_confidence"] > 0.95 else "overconfident"
+        return (
+            f"Plain on-policy distillation {what} {link} {blind}: the confidence it states rose {confidence}, "
+            f"its calibration error (ECE) {error}."
+        )
+    return (
+        f"The expected effect did not appear in this run: plain on-policy distillation {what} without making it "
+        "clearly "
+        f"more overconfident (stated confidence {confidence}, ECE {error})."
+    )
+
+
+def _repair_sentence(summary: Mapping[str, Any]) -> str:
+    opd, caop = _arm(summary, "opd"), _arm(summary, "caop")
+    if opd is None or caop is None:
+        missing = " and ".join(name for name, arm in (("opd", opd), ("caop", caop)) if arm is None)
+        return f"What CaOP changes cannot be judged, because {missing} was not run."
+    if not _known(*(arm.get(key) for arm in (opd, caop) for key in ("accuracy", "mean_confidence", "ece"))):
+        return "What CaOP changes cannot be judged, because opd or caop states no readable confidence."
+    expected = (caop.get("expected") or {}).get("ece")
+    readings = f"{caop['ece']:.2f} by the confidence it writes"
+    if expected is not None:
+        readings += f", {expected:.2f} by the expected value of its confidence distribution"
+    ranking = ""
+    if _known(caop.get("auroc"), opd.get("auroc")):
+        ranking = f", and AUROC {caop['auroc']:.2f} against {opd['auroc']:.2f} in telling right answers from wrong ones"
+    numbers = (
+        f"{_percent(caop['accuracy'])} right against {_percent(opd['accuracy'])}, "
+        f"stating {_percent(caop['mean_confidence'])}; ECE {readings}, against {opd['ece']:.2f}{ranking}"
+    )
+    cost = opd["accuracy"] - caop["accuracy"]
+    # judged by the sampled reading, the stricter of the two: the effect must not depend on how the confidence is read
+    honest = opd["ece"] - caop["ece"] > CALIBRATION_CHANGE
+    if honest and cost <= ACCURACY_CHANGE:
+        kept = "beats its accuracy" if cost < -ACCURACY_CHANGE else "keeps that accuracy"
+        return f"CaOP {kept} and gives back honest confidence: {numbers}."
+    if honest:
+        return f"CaOP gives back honest confidence but loses accuracy in this run: {numbers}."
+    kept = "and loses accuracy" if cost > ACCURACY_CHANGE else "though it keeps the accuracy"
+    return f"CaOP did not clearly lower the calibration error in this run, {kept}: {numbers}."
+
+
+READINGS = (
+    (None, "sampled: the confidence the model writes"),
+    ("expected", "expected value: the mean of its confidence distribution, same answers"),
+    ("greedy", "greedy decoding: the most likely answer and confidence"),
+)
+
+
+def _readings(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, heads, rows) per reading that at least one arm has."""
+    arms = summary["arms"]
+    tables = []
+    for key, title in READINGS:
+        metrics = [arm if key is None else arm.get(key) for arm in arms]
+        if any(metrics):
+            columns = CALIBRATION_KEYS + (ENTROPY_KEYS if key is None else ())
+            tables.append((title, *metric_rows([arm["name"] for arm in arms], metrics, columns)))
+    return tables
+
+
+def demo_table(summary: Mapping[str, Any]) -> str:
+    """The arms of `summary` as tables for the terminal: sampled, expected-value and greedy reading, as far as known."""
+    return "\n\n".join(format_table(heads, rows, title=title) for title, heads, rows in _readings(summary))
+
+
+def demo_page(
+    summary: Mapping[str, Any],
+    answers: Answers,
+    out: str | os.PathLike[str],
+    *,
+    examples: Sequence[Mapping[str, Any]] = (),
+    command: str | None = None,
+) -> Path:
+    """Write `out`/demo.html, and with matplotlib reliability and history as .svg and .png; return the page's path.
+
+    summary: {"task", "seed", "seconds", "arms": [...], "history": [...]}, any number in it may be None.
+    answers: arm name -> (correct [n] in {0, 1}, confidence [n] in [0, 1] or NaN, expected [n] alike or None): held-out
+        answers of each arm, the confidence they state and the expected value of the confidence distribution.
+    examples: some prompts to show, each {"prompt": str, "reference": str, "answers": {arm: {"answer": str,
+        "correct": bool, "confidence": float | None}}}; all of it is escaped.
+    command: what the user typed, to be shown; made up from task and seed when None.
+    """
+    out = Path(out)
+    names = [arm["name"] for arm in summary["arms"]]
+    history = summary.get("history") or []
+    colors = plots.arm_colors([*names, *(record["arm"] for record in history)])
+    sampled = [Arm(name, *map(np.asarray, answers[name][:2])) for name in names if name in answers]
+    expected = [
+        Arm(name, *map(np.asarray, answers[name][::2]))
+        for name in names
+        if name in answers and answers[name][2] is not None
+    ]
+    reason = plots.plots_unavailable()
+    if reason is None:
+        if sampled:
+            _save(out, "reliability", plots.reliability_diagram(sampled, colors=colors))
+        if expected:
+            _save(out, "reliability-expected", plots.reliability_diagram(expected, colors=colors))
+        if history:
+            _save(out, "history", plots.history_plot(history, colors=colors))
+    n = max((len(arm.correct) for arm in sampled), default=0)
+    measured = [f"Measured on {n:,} held-out prompts that no training step has seen."] if n else []
+    sections = [
+        page.Section("What this is", _introduction(summary, colors)),
+        *_plot_sections(sampled, expected, history, colors, reason),
+        page.Section(
+            "The numbers", [*measured, *_tables(summary, colors), page.glossary((*CALIBRATION_KEYS, *ENTROPY_KEYS))]
+        ),
+        *([page.Section("Some answers", [_examples(examples, names, colors)])] if examples else []),
+        page.Section("Honest limits", [page.bullets(_limits(summary, sampled))]),
+        page.Section("Make it again", _recipe(summary, command)),
+    ]
+    return page.write_page(
+        out / PAGE_NAME,
+        title="Does the model know what it knows?",
+        lead=demo_verdict(summary),
+        sections=sections,
+    )
+
+
+def _save(out: Path, name: str, figure: Any) -> None:
+    write_atomic(out / f"{name}.svg", plots.to_svg(figure))
+    write_atomic(out / f"{name}.png", plots.to_png(figure))
+
+
+def _introduction(summary: Mapping[str, Any], colors: Mapping[str, str]) -> list[str]:
+    task = {
+        "pronounce": "spell an English word in phonemes",
+        "sums": "add two numbers whose digits are partly smudged",
+    }.get(summary["task"], f"the task “{summary['task']}”")
+    names = [arm["name"] for arm in summary["arms"]]
+    return [
+        f"A small language model learns to {task} and to say after each answer how sure it is."
+        if summary["task"] in ("pronounce", "sums")
+        else f"A small language model learns {task} and says after each answer how sure it is.",
+        "On-policy distillation: the model writes answers, a teacher (the same model, shown the solution) scores every "
+        "token, and the model learns from the scores. The teacher is sure because it has seen the solution; the model "
+        "learns to sound as sure without having seen it.",
+        "CaOP lets the model answer each question several times, checks the answers, and teaches it to state the share "
+        "that was right.",
+        page.bullets(
+            [
+                page.join([page.dotted(name, colors[name]), f": {ARM_MEANINGS[name]}"])
+                for name in names
+                if name in ARM_MEANINGS
+            ]
+        ),
+    ]
+
+
+def _plot_sections(
+    sampled: Sequence[Arm],
+    expected: Sequence[Arm],
+    history: Sequence[Mapping[str, Any]],
+    colors: Mapping[str, str],
+    reason: str | None,
+) -> list[page.Section]:
+    if reason:
+        return [page.Section("Pictures", [reason])]
+    sections = []
+    if sampled:
+        how = (
+            "Each dot stands for the answers given with about that confidence. On the dashed line the model is "
+            "honest: of "
+            "the answers it gives at 70 %, 70 % are right. Below the line it is overconfident; red marks the distance. "
+            "Thin bars are 95 % intervals, and the strip below shows how often each confidence is stated."
+        )
+        sections.append(
+            page.Section("What it says, and how often it is right", [how, page.reliability_gallery(sampled, colors)])
+        )
+    if expected:
+        why = (
+            "The same answers, with the confidence read as the mean of the model's distribution over confidence values "
+            "instead of the one value it happened to write."
+        )
+        sections.append(page.Section("The same by expected value", [why, page.reliability_gallery(expected, colors)]))
+    if sampled or history:
+        figures = []
+        if history:
+            figures += [
+                page.themed_image(
+                    lambda theme, panel=panel: plots.history_plot(history, panels=(panel,), theme=theme, colors=colors),
+                    alt=alt,
+                )
+                for panel, alt in (
+                    ("gap", "Overconfidence gap against training steps, one line per arm"),
+                    ("claim", "Accuracy and mean confidence against training steps, one line per arm"),
+                )
+            ]
+        if sampled:
+            figures.append(
+                page.themed_image(
+                    lambda theme: plots.risk_coverage_plot(expected or sampled, theme=theme, colors=colors),
+                    alt="Error rate among the most confident answers against the share kept, one line per arm",
+                    caption=f"By {'the expected value' if expected else 'the stated confidence'}. A line that falls to "
+                    "the left: the confidence tells which answers to trust.",
+                )
+            )
+        words = _history_words(history)
+        sections.append(
+            page.Section("How it comes about, and what it is good for", [*words, page.gallery(figures, wide=True)])
+        )
+    return sections
+
+
+def _history_words(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    gaps = [(r["step"], r["gap"]) for r in history if r["arm"] == "opd" and r.get("gap") is not None]
+    if len(gaps) < 2:
+        return []
+    (first, start), (last, end) = min(gaps), max(gaps)
+    peak_step, peak = max(gaps, key=lambda pair: pair[1])
+    if peak - start <= CALIBRATION_CHANGE:
+        return [f"Under plain distillation the gap stays near {start:+.2f} from step {first} to {last}."]
+    words = f"Under plain distillation the gap grows from {start:+.2f} to {peak:+.2f} by step {peak_step}"
+    if peak - end > 0.01:
+        words += f" and is {end:+.2f} at step {last}: once confidence is saturated, only accuracy can still move"
+    return [words + "."]
+
+
+def _tables(summary: Mapping[str, Any], colors: Mapping[str, str]) -> list[page.Html]:
+    return [
+        page.table(heads, [[page.dotted(row[0], colors[row[0]]), *row[1:]] for row in rows], caption=title)
+        for title, heads, rows in _readings(summary)
+    ]
+
+
+def _examples(examples: Sequence[Mapping[str, Any]], names: Sequence[str], colors: Mapping[str, str]) -> page.Html:
+    shown = [name for name in names if any(name in example["answers"] for example in examples)]
+    rows = []
+    for example in examples:
+        cells: list[str] = [example["prompt"], example.get("reference") or "–"]
+        for name in shown:
+            answer = example["answers"].get(name)
+            if answer is None:
+                cells.append("–")
+                continue
+            confidence = answer.get("confidence")
+            stated = "no confidence" if confidence is None else f"says {100 * confidence:.0f} %"
+            verdict = page.marked("✓ right" if answer["correct"] else "✗ wrong", "good" if answer["correct"] else "bad")
+            cells.append(page.stacked(answer["answer"], page.join([verdict, f", {stated}"])))
+        rows.append(cells)
+    heads = ["prompt", "reference", *(page.dotted(name, colors[name]) for name in shown)]
+    return page.table(heads, rows, words=True)
+
+
+def _limits(summary: Mapping[str, Any], sampled: Sequence[Arm]) -> list[str]:
+    k = summary.get("rollouts_per_prompt")
+    rollouts = f"{k} rollouts" if k else "a handful of rollouts"
+    limits = [
+        "The confidence a model writes is one draw from its distribution. The success rate it learns from comes from "
+        f"{rollouts} per prompt and carries their noise, and the model learns that noise too: sampled confidences "
+        "scatter around the right level, so their ECE stays above that of the expected value even when the model is "
+        "calibrated. More rollouts per prompt narrow the scatter.",
+        "Success rates are measured on sampled answers. Greedy answers are right at another rate, so a confidence that "
+        "is honest for sampling is off for greedy decoding by that difference (see the greedy table).",
+        "A constant confidence equal to the accuracy has no gap and almost no ECE, and tells nobody which answers to "
+        "trust. Only SPR, AUROC and Brier show whether it does.",
+    ]
+    by_name = {arm.name: arm for arm in sampled}
+    if "caop" in by_name:
+        arm = by_name["caop"]
+        constant = constant_baseline(arm.correct)
+        floor = ece_floor(arm.confidence)
+        if constant.get("brier") is not None and floor is not None:
+            limits[-1] += (
+                f" Always stating CaOP's accuracy would score Brier {constant['brier']:.3f} and AUROC 0.5 here; a "
+                "perfectly "
+                f"calibrated model with CaOP's confidences would still measure an ECE of about {floor['mean']:.3f} on "
+                f"{len(arm.correct):,} answers."
+            )
+    masked, caop = _arm(summary, "masked"), _arm(summary, "caop")
+    if masked and caop and _known(masked.get("ece"), caop.get("ece")):
+        close = masked["ece"] <= caop["ece"] + ACCURACY_CHANGE
+        base = (_arm(summary, "base") or {}).get("overconfidence_gap")
+        why = " because this base was about calibrated to begin with" if base is not None and abs(base) < 0.1 else ""
+        limits.append(
+            "The control “masked” takes no loss on the confidence value at all. "
+            + (
+                f"Its sampled ECE ({masked['ece']:.3f}) is no worse than CaOP's ({caop['ece']:.3f}) here{why}: leaving "
+                "the confidence alone does nearly as well in this run."
+                if close
+                else f"Its sampled ECE is {masked['ece']:.3f} against CaOP's {caop['ece']:.3f}: leaving the confidence "
+                "alone is not enough here."
+            )
+        )
+    limits.append(
+        "One small model, one seed, one task. The numbers move by a few hundredths from seed to seed, and none of this "
+        "says how a large model would behave."
+    )
+    return limits
+
+
+def _recipe(summary: Mapping[str, Any], command: str | None) -> list[str]:
+    command = command or f"caop-fast demo --task {summary['task']} --seed {summary['seed']}"
+    seconds = summary.get("seconds")
+    took = (
+        ""
+        if seconds is None
+        else f" It took {seconds / 60:.1f} minutes."
+        if seconds >= 90
+        else f" It took {seconds:.0f} s."
+    )
+    return [page.code(command), page.paragraph(f"Seed {summary['seed']}.{took} All numbers: summary.json", note=True)]

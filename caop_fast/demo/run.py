@@ -1,0 +1,301 @@
+"""The demo from start to end: base model, arms side by side, page. A stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import queue
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from ..calibration import parse_confidence
+from ..calibration.files import write_atomic
+from ..caop import answer_text
+from ..training import ARMS, TrainConfig
+from .arms import ArmJob, read_answers, run_arm
+from .base import BaseConfig, pretrain
+from .page import demo_page
+from .progress import Progress
+from .task import TASK_NAMES, Task, load_task
+
+ALL_ARMS = ("base", *ARMS)
+PHASES = {"train": "distil", "evaluate": "held-out answers"}
+N_EXAMPLES = 8
+STOP_SECONDS = 20  # for the arms to finish their step and save, once the run is being stopped
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What a demo run is told. The defaults are the published run.
+
+    Attributes:
+        task: ``pronounce`` or ``sums``.
+        seed: of data order, weights and rollouts.
+        arms: a subset of base, opd, caop, direct, masked.
+        out: the run's folder.
+        base: the base model's recipe, None for the task's own; its seed is replaced by `seed`.
+        train: what all trained arms share; arm, seed and the task's budgets are filled in.
+        heldout: how many held-out prompts to answer; None is all.
+    """
+
+    task: str = "pronounce"
+    seed: int = 0
+    arms: tuple[str, ...] = ALL_ARMS
+    out: Path = Path("runs/demo")
+    base: BaseConfig | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    heldout: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.task not in TASK_NAMES:
+            raise ValueError(f"task must be one of {', '.join(TASK_NAMES)}, got {self.task!r}")
+        unknown = [a for a in self.arms if a not in ALL_ARMS]
+        if unknown or not self.arms or len(set(self.arms)) < len(self.arms):
+            raise ValueError(
+                f"arms must be distinct and among {', '.join(ALL_ARMS)}, got {', '.join(self.arms) or 'none'}"
+            )
+        if self.base is None:
+            object.__setattr__(self, "base", BaseConfig.for_task(self.task))
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32), got {self.seed!r}")
+
+    def recipe(self) -> dict[str, Any]:
+        """All that the numbers depend on, as plain values: two runs may share work only if these are equal."""
+        base = dataclasses.asdict(dataclasses.replace(self.base, seed=self.seed))
+        return {
+            "task": self.task,
+            "seed": self.seed,
+            "heldout": self.heldout,
+            "base": base,
+            "train": self.train.to_dict(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+
+def run_demo(config: DemoConfig) -> dict[str, Any]:
+    """Run what is not yet done in ``config.out`` and return the summary that is also written to ``summary.json``.
+
+    A finished run, or one with another recipe, is moved aside first, never overwritten. On Ctrl-C every arm finishes
+    its step and saves; the same call then goes on from there.
+    """
+    begin = time.monotonic()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()  # the demo shows its own
+    task = load_task(config.task, seed=config.seed)
+    moved = prepare_folder(config)
+    with Progress() as progress:
+        if moved is not None:
+            progress.say(f"The earlier run was moved to {moved}")
+        _train_base(config, task, progress)
+        _run_arms(config, task, progress)
+        progress.say("Writing the page")
+        summary = _summarise(config, time.monotonic() - begin)
+        demo_page(summary, _answers(config), config.out, examples=_examples(config, task), command=_command(config))
+    return summary
+
+
+def prepare_folder(config: DemoConfig) -> Path | None:
+    """Make ``config.out`` ready to be worked in; returns where an earlier run was moved to, if it had to be."""
+    out, recipe = config.out, json.loads(json.dumps(config.recipe()))
+    moved = None
+    recorded = out / "run.json"
+    if out.exists() and any(out.iterdir()):
+        same = recorded.exists() and json.loads(recorded.read_text(encoding="utf-8")) == recipe
+        if not same or (out / "summary.json").exists():
+            if not recorded.exists():
+                raise ValueError(f"out={str(out)!r} is a folder with other things in it; name an empty or a new one")
+            moved = next(p for n in range(1, 10_000) if not (p := out.with_name(f"{out.name}.{n}")).exists())
+            out.rename(moved)
+    write_atomic(recorded, json.dumps(recipe, indent=1) + "\n")
+    return moved
+
+
+def _train_base(config: DemoConfig, task: Task, progress: Progress) -> None:
+    final, building = config.out / "base", config.out / ".base"
+    if final.exists():
+        progress.say("Base model: done before, reused")
+        return
+    base = dataclasses.replace(config.base, seed=config.seed)
+    tokenizer = task.tokenizer()
+    with progress.bar("Base model, from scratch", base.steps) as bar:
+        model = pretrain(task, tokenizer, base, on_step=lambda step, loss: bar.advance_to(step))
+    shutil.rmtree(building, ignore_errors=True)
+    model.save_pretrained(building)
+    tokenizer.save_pretrained(building)
+    os.replace(building, final)
+
+
+def _jobs(config: DemoConfig, task: Task) -> list[ArmJob]:
+    train = dataclasses.replace(
+        config.train,
+        seed=config.seed,
+        max_new_tokens=task.max_new_tokens,
+        max_prompt_tokens=task.max_prompt_tokens,
+        max_teacher_prompt_tokens=task.teacher.max_tokens,
+    )
+    return [
+        ArmJob(
+            name=name,
+            task=config.task,
+            seed=config.seed,
+            folder=config.out,
+            train=None if name == "base" else dataclasses.replace(train, arm=name),
+            heldout=config.heldout,
+        )
+        for name in config.arms
+    ]
+
+
+def _run_arms(config: DemoConfig, task: Task, progress: Progress) -> None:
+    """Run the arms that are not done, as many at a time as there are cores."""
+    context = multiprocessing.get_context("spawn")
+    waiting = []
+    totals = {"train": config.train.steps, "evaluate": 2 * len(task.rows("heldout")[: config.heldout])}
+    for job in _jobs(config, task):
+        if job.result_path.exists():
+            progress.say(f"Arm {job.name}: done before, reused")
+        else:
+            waiting.append(job)
+    waiting.sort(key=lambda job: job.train is None)  # the short one last: it fills the gap at the end
+    messages, stop = context.Queue(), context.Event()
+    running: dict[str, multiprocessing.process.BaseProcess] = {}
+    bars: dict[tuple[str, str], Any] = {}
+    limit = max(1, min(len(waiting), os.cpu_count() or 1))
+    with _stopped_together(running, stop):
+        while waiting or running:
+            while waiting and len(running) < limit:
+                job = waiting.pop(0)
+                process = context.Process(target=_arm_process, args=(job, messages, stop), name=f"arm {job.name}")
+                process.start()
+                running[job.name] = process
+            try:
+                name, kind, value = messages.get(timeout=0.2)
+            except queue.Empty:
+                died = [name for name, process in running.items() if process.exitcode not in (None, 0)]
+                if died:
+                    raise RuntimeError(f"arm {died[0]} ended with exit code {running[died[0]].exitcode}") from None
+                continue
+            if kind == "failed":
+                raise RuntimeError(f"arm {name} failed:\n{value}")
+            if kind == "done":
+                running.pop(name).join()
+                for (owner, _), bar in bars.items():
+                    if owner == name:
+                        bar.close()
+                continue
+            if (name, kind) not in bars:  # a phase's clock starts with its first report
+                bars[name, kind] = progress.bar(f"Arm {name}: {PHASES[kind]}", totals[kind])
+            bars[name, kind].advance_to(value)
+
+
+@contextlib.contextmanager
+def _stopped_together(running: dict[str, Any], stop: Any) -> Iterator[None]:
+    """However the block ends, no arm is left running: they are asked to save and stop, then made to."""
+    try:
+        yield
+    finally:
+        stop.set()
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in running.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.terminate()
+                process.join()
+
+
+def _arm_process(job: ArmJob, messages: Any, stop: Any) -> None:
+    # The terminal's Ctrl-C reaches every process of its group; the parent alone decides, and says so through `stop`.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def report(kind: str, value: int) -> None:
+        if stop.is_set() or multiprocessing.parent_process().exitcode is not None:
+            raise KeyboardInterrupt
+        messages.put((job.name, kind, value))
+
+    try:
+        run_arm(job, report)
+        messages.put((job.name, "done", None))
+    except KeyboardInterrupt:
+        pass
+    except BaseException:
+        messages.put((job.name, "failed", traceback.format_exc()))
+
+
+def _summarise(config: DemoConfig, seconds: float) -> dict[str, Any]:
+    results = {}
+    for name in config.arms:
+        results[name] = json.loads((config.out / "arms" / name / "result.json").read_text(encoding="utf-8"))
+    arms = [results[name]["arm"] for name in config.arms]
+    start = []
+    if "base" in results:
+        base = results["base"]["arm"]
+        start = [
+            {**{k: base[k] for k in ("accuracy", "mean_confidence", "ece", "answer_entropy", "confidence_entropy")}}
+        ]
+        start[0] |= {"step": 0, "gap": base["overconfidence_gap"]}
+    summary = {
+        "task": config.task,
+        "seed": config.seed,
+        "seconds": round(seconds, 1),
+        "n_heldout": arms[0]["n"] if arms else 0,
+        "rollouts_per_prompt": config.train.rollouts_per_prompt,
+        "arms": arms,
+        "history": [
+            {"arm": name, **record}
+            for name in config.arms
+            if name != "base"
+            for record in (*start, *results[name]["history"])
+        ],
+        "recipe": config.recipe(),
+        "machine": {"python": platform.python_version(), "processor": platform.machine(), "cores": os.cpu_count()},
+    }
+    write_atomic(config.out / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    return summary
+
+
+def _answers(config: DemoConfig) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    answers = {}
+    for name in config.arms:
+        records = read_answers(config.out, name)
+        columns = ([r[k] for r in records] for k in ("correct", "confidence", "expected"))
+        answers[name] = tuple(np.array(c, dtype=np.float64) for c in columns)
+    return answers
+
+
+def _examples(config: DemoConfig, task: Task) -> list[dict[str, Any]]:
+    """The first held-out prompts (their order is random), as every arm answered them."""
+    rows = task.rows("heldout")[: config.heldout][:N_EXAMPLES]
+    examples = [
+        {"prompt": row.get("word", row["prompt"]), "reference": row["demonstration"], "answers": {}} for row in rows
+    ]
+    for name in config.arms:
+        for example, record in zip(examples, read_answers(config.out, name), strict=False):
+            parsed = parse_confidence(record["response"])
+            example["answers"][name] = {
+                "answer": answer_text(record["response"]),
+                "correct": bool(record["correct"]),
+                "confidence": parsed.value,
+            }
+    return examples
+
+
+def _command(config: DemoConfig) -> str:
+    parts: Sequence[str] = ("caop-fast", "demo", "--task", config.task, "--seed", str(config.seed))
+    if config.arms != ALL_ARMS:
+        parts = (*parts, "--arms", *config.arms)
+    return " ".join(parts)

@@ -1,0 +1,40 @@
+"""What the losses return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class DistillationOutput(NamedTuple):
+    """Result of a distillation loss over N tokens; every field but ``loss`` has the leading shape of the inputs.
+
+    Statistics are in nats, without weights, in float32 (float64 when an input is float64). A row of weight 0 holds 0.
+    """
+
+    loss: Tensor | None
+    """Scalar; with ``reduction="none"`` one value per token."""
+    divergence: Tensor
+    """D(beta) between the two distributions of a token."""
+    student_logprob: Tensor | None
+    """log p_s(label); None without labels, 0 where the label is -100."""
+    teacher_logprob: Tensor | None
+    """log p_t(label), as above. Never differentiable."""
+    student_entropy: Tensor
+    """Entropy of the student's distribution."""
+    teacher_entropy: Tensor
+    """Entropy of the teacher's distribution. Never differentiable."""
+
+
+class ConfidenceOutput(NamedTuple):
+    """Result of a confidence loss; every field but ``loss`` has the shape of ``target``. Weight-0 rows hold 0."""
+
+    loss: Tensor
+    """Scalar; with ``reduction="none"`` one value per row."""
+    expected: Tensor
+    """Mean of the candidate values under q, the distribution restricted to the candidates."""
+    variance: Tensor
+    """Variance of the candidate values under q."""
+    outside_mass: Tensor
+    """Probability the full softmax gives to everything that is not a candidate."""

@@ -1,0 +1,67 @@
+"""One file that holds a whole training state, replaced in one move, and the deferral of Ctrl-C to a safe point."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save_atomically(state: dict[str, Any], path: str | Path) -> None:
+    """Write `state` (tensors, plain values) to `path`; a crash leaves the old file or the new one, not half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read what `save_atomically` wrote. Only tensors and plain values are unpickled (``weights_only``)."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class InterruptGuard:
+    """Holds a first Ctrl-C back until `check`, so that a checkpoint never sees half a step; a second acts at once."""
+
+    def __init__(self) -> None:
+        self.pending = False
+
+    def check(self) -> None:
+        """Raise the KeyboardInterrupt that was held back, if there is one."""
+        if self.pending:
+            raise KeyboardInterrupt
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if self.pending:
+            raise KeyboardInterrupt
+        self.pending = True
+
+
+@contextlib.contextmanager
+def guard_interrupt() -> Iterator[InterruptGuard]:
+    """An `InterruptGuard` in force inside the block; inert outside the main thread, where signals cannot be set."""
+    guard = InterruptGuard()
+    if threading.current_thread() is not threading.main_thread():
+        yield guard
+        return
+    previous = signal.signal(signal.SIGINT, guard._handle)
+    try:
+        yield guard
+    finally:
+        signal.signal(signal.SIGINT, previous)

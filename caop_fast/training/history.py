@@ -1,0 +1,70 @@
+"""The run's history: accuracy and calibration of the rollouts it has just made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ..calibration import calibration_metrics, parse_confidence
+from .step import Sampled, StepOutput
+
+
+class RolloutWindow:
+    """Collects the rollouts of consecutive steps and sums them up as one history record.
+
+    The rollouts are answers to fresh prompts, sampled before the update they lead to, so within the first epoch they
+    measure the student on unseen prompts at no extra cost.
+    """
+
+    def __init__(self) -> None:
+        self._state: dict[str, list[float]] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        lists = ("correct", "confidence", "expected", "confidence_entropy", "answer_entropy", "loss")
+        self._state = {name: [] for name in lists}
+
+    def add(self, sampled: Sampled, output: StepOutput) -> None:
+        """One step's rollouts and what its forward passes showed."""
+        stated = [parse_confidence(r.text).value for r in sampled.rollouts]
+        self._state["correct"] += [v.correct for v in sampled.verdicts]
+        self._state["confidence"] += [math.nan if c is None else c for c in stated]
+        self._state["expected"] += output.expected.tolist()
+        self._state["confidence_entropy"] += output.confidence_entropy.tolist()
+        self._state["answer_entropy"].append(output.answer_entropy.item())
+        self._state["loss"].append(output.loss.item())
+
+    def state(self) -> dict[str, list[float]]:
+        """What has been collected so far, as plain values, for a checkpoint."""
+        return self._state
+
+    def load(self, state: dict[str, list[float]]) -> None:
+        """Go on from `state`."""
+        self._state = state
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The window as one record; `step` is its last step's number, counted from 1. Empties the window."""
+        state = self._state
+        metrics = calibration_metrics(state["correct"], state["confidence"])
+        expected = calibration_metrics(state["correct"], state["expected"])
+        record = {
+            "step": step,
+            "accuracy": metrics["accuracy"],
+            "mean_confidence": metrics["mean_confidence"],
+            "gap": metrics["overconfidence_gap"],
+            "ece": metrics["ece"],
+            "expected_gap": expected["overconfidence_gap"],
+            "expected_ece": expected["ece"],
+            "answer_entropy": _mean(state["answer_entropy"]),
+            "confidence_entropy": _mean(state["confidence_entropy"]),
+            "loss": _mean(state["loss"]),
+            "n": len(state["correct"]),
+        }
+        self._clear()
+        return record
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    finite = [v for v in values if not math.isnan(v)]
+    return sum(finite) / len(finite) if finite else None

@@ -1,0 +1,165 @@
+"""The training loop: sample, verify, distil, follow, log; resumable, and deterministic from its seed on one machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+from ..calibration.files import write_atomic
+from .checkpoint import guard_interrupt, load_checkpoint, save_atomically
+from .config import TrainConfig
+from .history import RolloutWindow
+from .step import Method, accumulate_gradients, build_groups, sample_and_verify, student_prompts
+from .teacher import EmaTeacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves: the trained `student` (the object passed in) and its `history`, a record a logging window."""
+
+    student: PreTrainedModel
+    history: list[dict[str, Any]]
+
+
+def train(
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    method: Method,
+    config: TrainConfig,
+    *,
+    out: str | Path | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> TrainResult:
+    """Distil `student` into itself, on its own answers to `rows`, in place.
+
+    Args:
+        student: a causal LM with float32 parameters (compute in bfloat16 by running under ``torch.autocast``).
+        rows: each a mapping with ``id``, ``prompt``, ``answer`` as the verifier wants it and ``demonstration``, which
+            only the teacher sees.
+        out: folder for ``checkpoint.pt`` and ``history.jsonl``; a run found there with the same configuration goes on
+            where it stopped, with another it is a ValueError. Ctrl-C ends the step, saves, raises KeyboardInterrupt.
+        on_step: called after every step with its number (from 1) and loss; should it raise, the step is saved first.
+    """
+    wrong = sorted({str(p.dtype) for p in student.parameters()} - {"torch.float32"})
+    if wrong:
+        raise TypeError(
+            f"student must have float32 parameters, got {', '.join(wrong)}: AdamW and the averaged teacher lose small "
+            "updates in 16 bits. Load it in float32 and compute under torch.autocast"
+        )
+    if len(rows) < config.prompts_per_step:
+        raise ValueError(f"rows must hold at least prompts_per_step={config.prompts_per_step} rows, got {len(rows)}")
+    run = _Run(student, config, Path(out) if out is not None else None)
+    run.resume()
+    prompts = student_prompts(rows, tokenizer, config.max_prompt_tokens)
+    student.train()
+    with guard_interrupt() as guard:
+        while run.step < config.steps:
+            chosen = batch_indices(len(rows), config.prompts_per_step, run.step, config.seed)
+            batch_rows, batch_prompts = [rows[i] for i in chosen], [prompts[i] for i in chosen]
+
+            sampled = sample_and_verify(
+                student, tokenizer, batch_rows, batch_prompts, method, config, seed=step_seed(config.seed, run.step)
+            )
+            groups = build_groups(sampled, batch_rows, batch_prompts, tokenizer, method, config)
+            run.optimizer.zero_grad(set_to_none=True)
+            output = accumulate_gradients(student, run.teacher.model, groups, tokenizer, method.style, config)
+            torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+            run.optimizer.step()
+            run.schedule.step()
+            run.teacher.update(student)
+
+            loss = output.loss.item()  # beside sampling, the step's one wait for the device
+            run.window.add(sampled, output)
+            run.finish_step()
+            try:
+                if on_step:
+                    on_step(run.step, loss)
+                guard.check()
+            except BaseException:
+                run.save()
+                raise
+    run.save()
+    return TrainResult(student, run.history)
+
+
+def batch_indices(n_rows: int, batch: int, step: int, seed: int) -> list[int]:
+    """Row indices of a step: a fresh seeded shuffle every epoch, the incomplete batch at an epoch's end left out."""
+    per_epoch = n_rows // batch
+    epoch, position = divmod(step, per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+    return order[position * batch : (position + 1) * batch].tolist()
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The sampling seed of a step: distinct steps and distinct runs draw unrelated numbers."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class _Run:
+    """All that a checkpoint holds, and nothing else."""
+
+    def __init__(self, student: PreTrainedModel, config: TrainConfig, out: Path | None) -> None:
+        self.student, self.config, self.out = student, config, out
+        self.teacher = EmaTeacher(student, config.ema_rate)
+        self.optimizer = torch.optim.AdamW(
+            student.parameters(),
+            lr=config.learning_rate,
+            betas=config.adam_betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.schedule = get_cosine_schedule_with_warmup(self.optimizer, config.warmup_steps, config.steps)
+        self.window = RolloutWindow()
+        self.history: list[dict[str, Any]] = []
+        self.step = 0
+
+    def finish_step(self) -> None:
+        """Count the step, close the history window when it is due, save when it is due."""
+        self.step += 1
+        if self.step % self.config.log_every == 0 or self.step == self.config.steps:
+            self.history.append(self.window.record(self.step))
+        every = self.config.checkpoint_every
+        if every and self.step % every == 0:
+            self.save()
+
+    def save(self) -> None:
+        if self.out is None:
+            return
+        state = {
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "history": self.history,
+            "window": self.window.state(),
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+        save_atomically(state, self.out / "checkpoint.pt")
+        write_atomic(self.out / "history.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
+
+    def resume(self) -> None:
+        path = self.out / "checkpoint.pt" if self.out is not None else None
+        if path is None or not path.exists():
+            return
+        state = load_checkpoint(path)
+        if state["config"] != self.config.to_dict():
+            changed = sorted(k for k, v in self.config.to_dict().items() if state["config"].get(k) != v)
+            raise ValueError(f"out={str(self.out)!r} holds a run with another configuration (differs in {changed})")
+        self.student.load_state_dict(state["student"])
+        self.teacher.model.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.window.load(state["window"])
+        self.history, self.step = state["history"], state["step"]

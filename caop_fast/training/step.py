@@ -1,0 +1,260 @@
+"""One distillation step, stage by stage: rollouts -> verdicts -> plan -> teacher and student -> loss -> gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..caop import (
+    ConfidenceStyle,
+    TeacherContext,
+    Verdict,
+    Verifier,
+    candidate_ids,
+    encode_prompt,
+    student_messages,
+    success_rates,
+)
+from ..losses import confidence_loss, linear_distillation_loss
+from .config import TrainConfig
+from .head import language_head
+from .plan import TokenPlan, plan_tokens
+from .reading import value_reading
+from .rollouts import Rollout, sample_rollouts, stop_token_ids
+from .scoring import Completions, completion_hidden
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the method needs of a task: the verifier, the teacher's view of the solution, and how a value is written."""
+
+    verifier: Verifier
+    context: TeacherContext
+    style: ConfidenceStyle
+
+
+@dataclass(frozen=True)
+class Group:
+    """The K rollouts of one prompt, ready to train on."""
+
+    student_prompt: list[int]
+    teacher_prompt: list[int]
+    plans: list[TokenPlan]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The sampling half of a step: rollouts in prompt order, verdicts, each prompt's success rate, the end tokens."""
+
+    rollouts: list[Rollout]
+    verdicts: list[Verdict]
+    rates: list[float]
+    stop_ids: Collection[int]
+
+
+def sample_and_verify(
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Sequence[int]],
+    method: Method,
+    config: TrainConfig,
+    *,
+    seed: int,
+) -> Sampled:
+    """K rollouts a row and the verifier's mean over each row's group."""
+    rollouts = sample_rollouts(
+        student,
+        tokenizer,
+        prompts,
+        per_prompt=config.rollouts_per_prompt,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=seed,
+    )
+    verdicts = [method.verifier(r.text, rows[r.prompt_index]) for r in rollouts]
+    rates = success_rates(verdicts, [r.prompt_index for r in rollouts])
+    return Sampled(rollouts, verdicts, [rates[i] for i in range(len(rows))], stop_token_ids(student, tokenizer))
+
+
+def build_groups(
+    sampled: Sampled,
+    rows: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    config: TrainConfig,
+) -> list[Group]:
+    """Splice, weigh, and write the teacher's prompt (its note states the success rate in the ``caop`` arm only)."""
+    per_rollout = [sampled.rates[r.prompt_index] for r in sampled.rollouts]
+    plans = plan_tokens(
+        sampled.rollouts,
+        per_rollout,
+        tokenizer,
+        arm=config.arm,
+        style=method.style,
+        stop_ids=sampled.stop_ids,
+    )
+    groups = []
+    for i, row in enumerate(rows):
+        stated = method.style.number(sampled.rates[i]) if config.arm == "caop" else None
+        teacher_prompt = encode_prompt(
+            method.context.messages(row, confidence=stated),
+            tokenizer,
+            max_tokens=config.max_teacher_prompt_tokens,
+            row_id=row["id"],
+        )
+        mine = [p for p, r in zip(plans, sampled.rollouts, strict=True) if r.prompt_index == i]
+        groups.append(Group(list(prompts[i]), teacher_prompt, mine))
+    return groups
+
+
+def student_prompts(
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[list[int]]:
+    """The deployed prompt of each row: nothing of the teacher's context is in it."""
+    return [encode_prompt(student_messages(r), tokenizer, max_tokens=max_tokens, row_id=r["id"]) for r in rows]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step's forward passes showed, before the update; tensors on the model's device, detached.
+
+    Attributes:
+        loss: scalar.
+        expected, confidence_entropy: float64 [rollouts], in rollout order; NaN where no value is stated.
+        answer_entropy: scalar, mean over the weighted tokens that are not a confidence value.
+    """
+
+    loss: Tensor
+    expected: Tensor
+    confidence_entropy: Tensor
+    answer_entropy: Tensor
+
+
+def accumulate_gradients(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    groups: Sequence[Group],
+    tokenizer: PreTrainedTokenizerBase,
+    style: ConfidenceStyle,
+    config: TrainConfig,
+) -> StepOutput:
+    """Add the gradient of the step's loss to the parameters of `student`.
+
+    The loss is the mean divergence over all weighted tokens of the step (plus the weighted mean confidence loss in the
+    ``direct`` arm), whatever the micro-batches: each adds its sum with weights already divided by the step's total.
+    """
+    totals = _Totals(
+        weight=sum(w for g in groups for p in g.plans for w in p.weights),
+        direct=sum(sum(p.value_mask) for g in groups for p in g.plans if p.target is not None),
+        answer=sum(
+            w > 0 and not v for g in groups for p in g.plans for w, v in zip(p.weights, p.value_mask, strict=True)
+        ),
+    )
+    size = config.micro_batch_prompts or len(groups)
+    outputs = []
+    for start in range(0, len(groups), size):
+        output = _micro_batch(student, teacher, groups[start : start + size], tokenizer, style, config, totals)
+        if output.loss.requires_grad:
+            output.loss.backward()
+        outputs.append(output)
+    return StepOutput(
+        loss=torch.stack([o.loss.detach() for o in outputs]).sum(),
+        expected=torch.cat([o.expected for o in outputs]),
+        confidence_entropy=torch.cat([o.confidence_entropy for o in outputs]),
+        answer_entropy=torch.stack([o.answer_entropy for o in outputs]).sum(),
+    )
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """The step's divisors: the sum of divergence weights, the values trained directly, the weighted answer tokens."""
+
+    weight: float
+    direct: int
+    answer: int
+
+
+def _micro_batch(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    groups: Sequence[Group],
+    tokenizer: PreTrainedTokenizerBase,
+    style: ConfidenceStyle,
+    config: TrainConfig,
+    totals: _Totals,
+) -> StepOutput:
+    device = student.device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    plans = [p for g in groups for p in g.plans]
+    owner = [i for i, g in enumerate(groups) for _ in g.plans]
+    completions = Completions.pack([p.ids for p in plans], owner, pad, device)
+    width = completions.ids.shape[1]
+    # Loss rows are picked on the host, where the weights are known, so the device is never asked which they are.
+    scored = [
+        (r * width + j, w, p.value_mask[j]) for r, p in enumerate(plans) for j, w in enumerate(p.weights) if w > 0
+    ]
+    values = [(r, r * width + p.value_mask.index(True), p.target) for r, p in enumerate(plans) if any(p.value_mask)]
+
+    share = {"pad_id": pad, "share_prompt": config.share_prompt}
+    h_student = completion_hidden(student, [g.student_prompt for g in groups], completions, **share).flatten(0, 1)
+    head = language_head(student)
+    loss, answer_entropy = torch.zeros((), device=device), torch.zeros((), device=device)
+    if scored:
+        with torch.no_grad():
+            h_teacher = completion_hidden(teacher, [g.teacher_prompt for g in groups], completions, **share).flatten(
+                0, 1
+            )
+        teacher_head = language_head(teacher)
+        rows = torch.tensor([i for i, _, _ in scored], device=device)
+        is_value = torch.tensor([v for _, _, v in scored], device=device)
+        beta: float | Tensor = config.answer_beta
+        if config.answer_beta != config.confidence_beta:
+            beta = torch.where(is_value, config.confidence_beta, config.answer_beta)
+        out = linear_distillation_loss(
+            h_student[rows],
+            head.weight,
+            h_teacher[rows],
+            teacher_head.weight,
+            student_bias=head.bias,
+            teacher_bias=teacher_head.bias,
+            student_scale=head.scale,
+            teacher_scale=teacher_head.scale,
+            student_softcap=head.softcap,
+            teacher_softcap=teacher_head.softcap,
+            beta=beta,
+            temperature=config.temperature,
+            weights=torch.tensor([w / totals.weight for _, w, _ in scored], device=device),
+            reduction="sum",
+        )
+        loss = loss + out.loss
+        answer_entropy = (out.student_entropy * ~is_value).sum() / max(totals.answer, 1)
+
+    candidates = torch.tensor(candidate_ids(tokenizer, style), device=device)
+    grid = torch.tensor(style.values, dtype=torch.float32, device=device)
+    h_value = h_student[torch.tensor([i for _, i, _ in values], dtype=torch.int64, device=device)]
+    direct = [(k, t) for k, (_, _, t) in enumerate(values) if t is not None]
+    if direct:
+        confidence = confidence_loss(
+            head.logits(h_value[torch.tensor([k for k, _ in direct], device=device)]),
+            candidates,
+            grid,
+            torch.tensor([t for _, t in direct], dtype=torch.float32, device=device),
+            kind=config.direct_kind,
+            temperature=config.temperature,
+            reduction="sum",
+        )
+        loss = loss + config.direct_weight / totals.direct * confidence.loss
+
+    expected = torch.full((2, len(plans)), torch.nan, dtype=torch.float64, device=device)
+    at = torch.tensor([r for r, _, _ in values], dtype=torch.int64, device=device)
+    expected[:, at] = torch.stack(value_reading(h_value, head, candidates, grid, config.temperature))
+    return StepOutput(loss, expected[0], expected[1], answer_entropy.detach())

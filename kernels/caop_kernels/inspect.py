@@ -1,0 +1,73 @@
+"""Print what the compiler makes of each kernel variant: `python -m caop_kernels.inspect [--target sm_90 ...]`.
+
+Needs Triton and no GPU. With --json the same figures, in the form of the budget that the tests hold the kernels to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from caop_kernels.backend import missing_triton
+
+if TYPE_CHECKING:
+    from caop_kernels.aot import Resources, Variant
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, read and print; returns a process exit code."""
+    reason = missing_triton()
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        return 1
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        print("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled; unset it", file=sys.stderr)
+        return 1
+    from caop_kernels import aot
+
+    parser = argparse.ArgumentParser(prog="python -m caop_kernels.inspect", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", nargs="+", choices=list(aot.TARGETS), default=["sm_80", "sm_90"])
+    parser.add_argument("--variant", default="", help="only variants whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = parser.parse_args(arguments)
+
+    chosen = {variant.name: variant for variant in aot.variants() if options.variant in variant.name}
+    if not chosen:
+        parser.error(f"no variant's name contains {options.variant!r}")
+    table = aot.survey(list(chosen), options.target)
+    if options.json:
+        import triton
+
+        rows = {t: {name: _record(chosen[name], r) for name, r in found.items()} for t, found in table.items()}
+        print(json.dumps({"triton": triton.__version__, "targets": rows}, indent=1))
+        return 0
+    print(f"{'target':8} {'variant':42} {'registers':>9} {'spills':>6} {'instr/pair':>14} {'loop sync':>9}  loads")
+    for target, found in table.items():
+        for name, r in found.items():
+            loads = ", ".join(f"{n} x {bits} bit" for bits, n in Counter(r.load_bits).items()) or "-"
+            count = f"{r.per_pair:.1f}" if r.pairs else f"({r.instructions} in all)"
+            print(f"{target:8} {name:42} {r.registers:9d} {r.spills:6d} {count:>14} {r.synchronisations:9d}  {loads}")
+    return 0
+
+
+def _record(variant: Variant, found: Resources) -> dict[str, object]:
+    """One row as JSON. `instructions` is per pair where there is a main loop, else of the whole kernel."""
+    return {
+        "registers": found.registers,
+        "instructions": found.per_pair or found.instructions,
+        "spills": found.spills,
+        "pairs": found.pairs,
+        "load_bits": list(found.load_bits),
+        "synchronisations": found.synchronisations,
+        "aligned": variant.aligned,
+        "float64": variant.double,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

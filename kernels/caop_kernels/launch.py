@@ -1,0 +1,111 @@
+"""Launch configurations: the one table, by vendor and dtype, with the reason for each entry.
+
+Nothing is autotuned: the configuration follows from the device and the tensors alone, so a row's bits do not depend on
+which kernel happened to win a race. Tiles are [groups, threads, vector]: each thread owns `groups * vector` = 8 columns
+of a tile and its own online state, so the loop needs no shuffle and no barrier.
+
+The architecture enters through the vendor's warp width only: 256 threads are 8 warps of 32 on NVIDIA (sm_80 to sm_120)
+and 4 wavefronts of 64 on AMD CDNA (gfx942). The compiler schedules the same tile differently for each; `inspect` shows
+the result.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+# Columns per program, the same for every N, dtype and device: with a fixed split the order of additions in a row never
+# depends on the batch. 16384 columns are 8 tiles: long enough to pay for the reduction at the end of the program, short
+# enough that one row of V = 151936 already makes ten programs.
+CHUNK = 16384
+THREADS = 256
+ELEMENTS = 8  # columns of a tile per thread: the cost of rebasing the running maxima is shared by eight pairs
+
+# Rows per program of the merge kernel: one row per thread of four warps.
+MERGE_ROWS = 128
+
+# Widest load per thread is 16 bytes. The key is the byte size of the *smaller* dtype of the pair; the wider operand
+# then takes two loads, which keeps both operands in one register layout (a conversion would cost a barrier).
+_VECTOR_BY_ITEMSIZE = {
+    2: 8,  # bfloat16, float16: one 128-bit load per operand and tile
+    4: 4,  # float32: two 128-bit loads per operand and tile, 2 groups
+    8: 2,  # float64: four; exists for gradcheck and for measuring errors, not for speed
+}
+
+# Threads of one warp by Triton backend. Anything unknown is taken as 32 wide, which is correct everywhere (a layout
+# is legal for any number of warps) and at worst slow.
+_WARP_WIDTH = {"cuda": 32, "hip": 64, "xpu": 32}
+
+
+@dataclass(frozen=True)
+class StatisticsLaunch:
+    """How to launch the statistics kernel: tile [groups, threads, vector], tiles per trip of the loop, warps."""
+
+    groups: int
+    threads: int
+    vector: int
+    unroll: int
+    num_warps: int
+    # 1: from global memory straight to registers. More stages would go through shared memory, with barriers.
+    num_stages: int = 1
+
+    def constants(self) -> dict[str, int]:
+        """The constexpr arguments of the statistics kernel that this configuration fixes."""
+        return {
+            "CHUNK": CHUNK,
+            "GROUPS": self.groups,
+            "THREADS": self.threads,
+            "VECTOR": self.vector,
+            "UNROLL": self.unroll,
+        }
+
+
+def statistics_launch(
+    backend: str, itemsize: int, *, aligned: bool, softcap: bool = False, double: bool = False
+) -> StatisticsLaunch:
+    """The configuration for a Triton backend ("cuda", "hip", "xpu") and the byte size of the smaller logits dtype.
+
+    Without alignment neighbouring threads take neighbouring columns (vector = 1): narrow loads, but coalesced ones.
+    Two tiles per trip halve the loop's own instructions (1 in 25 per pair) and put twice the bytes in flight. Not with
+    a softcap or in float64, where arithmetic outweighs the loop by far and the longer body only costs registers.
+    """
+    vector = _VECTOR_BY_ITEMSIZE[itemsize] if aligned else 1
+    return StatisticsLaunch(
+        groups=ELEMENTS // vector,
+        threads=THREADS,
+        vector=vector,
+        unroll=1 if softcap or double else 2,
+        num_warps=THREADS // _WARP_WIDTH.get(backend, 32),
+    )
+
+
+def merge_warps(backend: str) -> int:
+    """Warps of a merge program, one thread per row."""
+    return MERGE_ROWS // _WARP_WIDTH.get(backend, 32)
+
+
+def is_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether every row of every 2-D tensor starts on 16 bytes in a way the compiler can know.
+
+    Triton specialises a kernel on pointers divisible by 16 bytes and on strides divisible by 16 *elements*; anything
+    less is compiled as if nothing were known and loads one element at a time.
+    """
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 for t in tensors)
+
+
+def backend_of(device: torch.device) -> str:
+    """The Triton backend that serves a torch device: "hip" for ROCm, else the device's own name."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "hip"
+    return device.type
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device; this makes it the tensors' own."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return nullcontext()

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import pytest
+from small_tokenizers import BUILDERS, word_level
+from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    return {name: build() for name, build in BUILDERS.items()}
+
+
+@pytest.fixture(scope="session")
+def words() -> PreTrainedTokenizerFast:
+    return word_level()

@@ -1,0 +1,50 @@
+"""Kernel tests that run on whatever Triton runs on in this process.
+
+Collected as usual they need a GPU (marker `gpu`) and are skipped with a reason where there is none. With
+TRITON_INTERPRET=1 the same tests run on CPU tensors; `test_kernels_interpreted.py` does that in a process of its own,
+because Triton decides at import time whether its functions are interpreted.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _no_gpu() -> str | None:
+    if INTERPRETED:
+        return None
+    if torch.cuda.is_available():
+        return None
+    return "no CUDA or ROCm device; test_kernels_interpreted.py runs this test in Triton's interpreter"
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if not INTERPRETED:
+        item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    reason = _no_gpu()
+    if reason is not None:
+        pytest.skip(reason)
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round a multiply-add once, as GPUs do; the interpreter rounds the product first, which shows at logits of 1e4."""
+    if not INTERPRETED:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_fma(self, x, y, z):  # the product of two float32 is exact in float64
+        exact = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
+        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)

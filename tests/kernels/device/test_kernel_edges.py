@@ -1,0 +1,233 @@
+"""Infinities, NaN, strides, sizes, labels out of range, and the independence of rows."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import caop_kernels
+import pytest
+import torch
+from row_oracle import FIELDS, logits, oracle
+
+INF = float("inf")
+
+
+def assert_close(found, expected, names=FIELDS):
+    for name in names:
+        value = getattr(found, name)
+        torch.testing.assert_close(
+            value.double().cpu(),
+            expected[name],
+            rtol=4e-6,
+            atol=4e-6,
+            equal_nan=True,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+@pytest.mark.parametrize("v", [1031, 20000])
+def test_columns_both_sides_exclude_contribute_nothing(device, v):
+    student, teacher = logits("normal", 3, v, torch.float32, device)
+    for logit in (student, teacher):
+        logit[0, 1::2] = -INF
+        logit[1, : v - 5] = -INF  # whole tiles, and at V = 20000 a whole chunk
+        logit[2, 5:] = -INF
+    labels = torch.tensor([1, v - 1, 0], device=device)
+    found = caop_kernels.row_statistics(student, teacher, labels)
+    assert_close(found, oracle(student, teacher, labels))
+    assert found.student_logprob[0] == -INF
+    assert torch.isfinite(found.forward_kl).all()
+
+
+@pytest.mark.parametrize("gap", [0.0, 20.0, 69.0, 300.0])
+def test_a_column_one_side_excludes_makes_that_divergence_infinite(device, gap):
+    """However small the other side's probability there is: e^-69 is 1e-30, e^-300 underflows in float32."""
+    student, teacher = logits("normal", 3, 20000, torch.float32, device)
+    student[0, 7], teacher[0, 7] = -INF, -gap
+    student[1, 17000], teacher[1, 17000] = -gap, -INF
+    student[2, 7], teacher[2, 7] = -INF, -gap
+    student[2, 9], teacher[2, 9] = -gap, -INF
+    found = caop_kernels.row_statistics(student, teacher)
+    forward, reverse = found.forward_kl.tolist(), found.reverse_kl.tolist()
+    assert [forward[0], forward[2]] == [INF, INF]
+    assert [reverse[1], reverse[2]] == [INF, INF]
+    expected = oracle(student, teacher)
+    assert_close(found, expected, ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "student_lse"))
+    assert 0 < forward[1] < 100
+    assert 0 < reverse[0] < 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_mask_of_finfo_min_acts_as_minus_infinity(device, dtype):
+    student, teacher = logits("normal", 2, 1031, dtype, device)
+    kept = student[:, :500].clone(), teacher[:, :500].clone()
+    student[:, 500:] = torch.finfo(torch.bfloat16).min
+    teacher[:, 500:] = torch.finfo(torch.bfloat16).min
+    assert_close(caop_kernels.row_statistics(student, teacher, None), oracle(*kept), FIELDS[:4] + FIELDS[6:])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_bad_row_poisons_only_itself(device, bad, side, softcap):
+    student, teacher = logits("normal", 4, 1031, torch.float32, device)
+    labels = torch.tensor([3, 4, 5, 6], device=device)
+    options = {"student_softcap": softcap, "teacher_softcap": softcap}
+    clean = caop_kernels.row_statistics(student, teacher, labels, **options)
+    if side != "teacher":
+        student[1, 1030] = bad
+    if side != "student":
+        teacher[1, 1030] = bad
+    found = caop_kernels.row_statistics(student, teacher, labels, **options)
+    others = torch.tensor([0, 2, 3], device=device)
+    for name in FIELDS:
+        assert torch.equal(getattr(found, name)[others], getattr(clean, name)[others]), name
+        if bad == INF and softcap:
+            continue  # softcap(+inf) is the cap, an ordinary logit
+        touched = name.endswith("_kl") or side == "both" or name.startswith(side)
+        assert bool(getattr(found, name)[1].isnan()) == touched, name
+
+
+def test_a_row_of_minus_infinity_is_nan(device):
+    student, teacher = logits("normal", 3, 1031, torch.float32, device)
+    student[0], teacher[1] = -INF, -INF
+    found = caop_kernels.row_statistics(student, teacher, torch.tensor([1, 1, 1], device=device))
+    for name in FIELDS:
+        value = getattr(found, name)
+        divergence = name.endswith("_kl")
+        assert bool(value[0].isnan()) == (divergence or name.startswith("student")), name
+        assert bool(value[1].isnan()) == (divergence or name.startswith("teacher")), name
+        assert not value[2].isnan(), name
+
+
+def test_a_row_does_not_depend_on_the_others(device):
+    """Bits: alone, permuted, and with rows added in front or taken away; and from run to run."""
+    for v, dtype in ((1031, torch.bfloat16), (17000, torch.float32)):
+        student, teacher = logits("normal", 5, v, dtype, device)
+        labels = torch.tensor([0, 1, 2, 3, v - 1], device=device)
+        whole = caop_kernels.row_statistics(student, teacher, labels)
+        order = torch.tensor([3, 0, 4, 2, 1, 0], device=device)
+        permuted = caop_kernels.row_statistics(student[order], teacher[order], labels[order])
+        alone = caop_kernels.row_statistics(student[3:4], teacher[3:4], labels[3:4])
+        again = caop_kernels.row_statistics(student, teacher, labels)
+        for name in FIELDS:
+            value = getattr(whole, name)
+            assert torch.equal(getattr(permuted, name), value[order]), name
+            assert torch.equal(getattr(alone, name), value[3:4]), name
+            assert torch.equal(getattr(again, name), value), name
+
+
+@pytest.mark.parametrize(("columns", "pad"), [(1024, 16), (1024, 7), (1031, 3)])
+def test_strided_rows(device, columns, pad):
+    student, teacher = logits("normal", 4, columns + pad, torch.float32, device)
+    labels = torch.tensor([0, 1, 2, columns - 1], device=device)
+    views = student[::2, pad:], teacher[1::2, :columns]  # the first starts off a 16-byte boundary
+    found = caop_kernels.row_statistics(*views, labels[:2])
+    assert_close(found, oracle(*views, labels[:2]))
+    one = teacher[:1, :columns].expand(4, columns)  # row stride 0
+    assert_close(
+        caop_kernels.row_statistics(student[:, :columns], one, labels), oracle(student[:, :columns], one, labels)
+    )
+
+
+def test_unequal_vocabularies_compare_the_shared_ids(device):
+    student, teacher = logits("normal", 3, 1100, torch.float32, device)
+    student = student[:, :1040].contiguous()
+    student[:, 1031:] = float("nan")  # padding is not even looked at
+    labels = torch.tensor([1030, 1031, 5], device=device)
+    found = caop_kernels.row_statistics(student, teacher, labels, vocab_size=1031)
+    expected = oracle(student[:, :1031], teacher[:, :1031], labels)
+    assert_close(found, expected)
+    assert found.student_logprob[1].isnan()
+
+
+def test_no_rows_and_one_row(device):
+    student, teacher = logits("normal", 1, 1000, torch.float32, device)
+    label = torch.tensor([4], device=device)
+    assert_close(caop_kernels.row_statistics(student, teacher, label), oracle(student, teacher, label))
+    empty = caop_kernels.row_statistics(student[:0], teacher[:0], label[:0])
+    assert all(getattr(empty, name).shape == (0,) for name in FIELDS)
+
+
+def _guarded(rows: int, columns: int):
+    """A float32 [rows, columns] tensor with an unreadable page right before its first and right after its last byte."""
+    page, size = mmap.PAGESIZE, rows * columns * 4
+    assert size % page == 0
+    area = mmap.mmap(-1, size + 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for address in (start, start + page + size):
+        assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(page), 0) == 0
+    return torch.frombuffer(area, dtype=torch.float32, count=rows * columns, offset=page).view(rows, columns)
+
+
+def test_a_label_out_of_range_reads_nothing(device):
+    """The process would die of a segmentation fault if a label reached past the logits."""
+    if device.type != "cpu":
+        pytest.skip("guard pages exist for host memory only")
+    rows, columns = 4, 1280  # not a whole tile: the masked tail ends at the guard as well
+    student, teacher = _guarded(rows, columns), _guarded(rows, columns)
+    student.copy_(torch.randn(rows, columns))
+    teacher.copy_(torch.randn(rows, columns))
+    for bad in (-1, -99, -101, columns, columns + 5, 2**40, -(2**40), 2**62, -(2**63), 2**63 - 1):
+        labels = torch.tensor([bad, 2, -100, bad])
+        found = caop_kernels.row_statistics(student, teacher, labels)
+        expected = oracle(student, teacher, labels)
+        for name in ("student_logprob", "teacher_logprob"):
+            assert getattr(found, name).isnan().tolist() == [True, False, False, True], bad
+            assert getattr(found, name)[2] == 0
+        assert_close(found, expected)
+
+
+def test_offsets_beyond_two_to_the_31(device):
+    """Four rows 2^30 elements apart; the memory between them is reserved but never touched."""
+    if device.type != "cpu":
+        apart = torch.empty(3 * 2**30 + 64, dtype=torch.float16, device=device)
+    else:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+        apart = torch.frombuffer(mmap.mmap(-1, 2 * (3 * 2**30 + 64), flags=flags), dtype=torch.float16)
+    student = apart.as_strided((4, 40), (2**30, 1))
+    source, teacher = logits("normal", 4, 40, torch.float16, device)
+    student.copy_(source)
+    labels = torch.tensor([0, 1, 2, 39], device=device)
+    assert_close(caop_kernels.row_statistics(student, teacher, labels), oracle(source, teacher, labels))
+
+
+GOOD = {"student_logits": torch.zeros(2, 8), "teacher_logits": torch.zeros(2, 8), "labels": torch.tensor([0, 1])}
+BAD = [
+    ({"student_logits": [[0.0]]}, TypeError, "student_logits"),
+    ({"teacher_logits": torch.zeros(2, 8, dtype=torch.int32)}, TypeError, "teacher_logits"),
+    ({"student_logits": torch.zeros(8)}, ValueError, "student_logits"),
+    ({"student_logits": torch.zeros(2, 0), "teacher_logits": torch.zeros(2, 0)}, ValueError, "student_logits"),
+    ({"teacher_logits": torch.zeros(3, 8)}, ValueError, "teacher_logits"),
+    ({"teacher_logits": torch.zeros(2, 9)}, ValueError, "vocab_size"),
+    ({"teacher_logits": torch.zeros(8, 2).t()}, ValueError, "teacher_logits.*contiguous"),
+    ({"teacher_logits": torch.zeros(2, 8, device="meta")}, ValueError, "teacher_logits"),
+    ({"labels": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "labels"),
+    ({"labels": [0, 1]}, TypeError, "labels"),
+    ({"labels": torch.tensor([0, 1, 2])}, ValueError, "labels"),
+    ({"labels": torch.tensor([0, 1], device="meta")}, ValueError, "labels"),
+    ({"temperature": 0.0}, ValueError, "temperature"),
+    ({"temperature": float("nan")}, ValueError, "temperature"),
+    ({"temperature": "1"}, TypeError, "temperature"),
+    ({"temperature": None}, TypeError, "temperature"),
+    ({"student_softcap": -1.0}, ValueError, "student_softcap"),
+    ({"teacher_softcap": INF}, ValueError, "teacher_softcap"),
+    ({"vocab_size": 0}, ValueError, "vocab_size"),
+    ({"vocab_size": 9}, ValueError, "vocab_size"),
+    ({"vocab_size": 8.0}, TypeError, "vocab_size"),
+    ({"vocab_size": True}, TypeError, "vocab_size"),
+    ({"statistics": ("forward",)}, ValueError, "statistics"),
+    ({"statistics": ()}, ValueError, "statistics"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[f"{i}-{b[2]}" for i, b in enumerate(BAD)])
+def test_bad_input_is_refused(device, change, error, message):
+    arguments = {
+        n: a.to(device) if isinstance(a, torch.Tensor) and a.device.type != "meta" else a
+        for n, a in {**GOOD, **change}.items()
+    }
+    with pytest.raises(error, match=message):
+        caop_kernels.row_statistics(**arguments)

@@ -1,0 +1,83 @@
+"""Every kernel variant compiles for every target, within the resources recorded in `budget.json`.
+
+The compiles run in a process of their own, without a GPU. After a deliberate change record the new figures with
+`python -m caop_kernels.inspect --target sm_80 sm_90 --json > tests/kernels/budget.json` and say why in the commit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: the kernels cannot be compiled")
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text())
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, dict]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "caop_kernels.inspect", "--json", "--target", *TARGETS]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)["targets"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills_outside_float64(measured, target):
+    assert {n: r["spills"] for n, r in measured[target].items() if r["spills"] and not r["float64"]} == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_aligned_variants_load_128_bits_at_a_time(measured, target):
+    aligned = {name: row["load_bits"] for name, row in measured[target].items() if row["aligned"]}
+    assert len(aligned) >= 15
+    assert {name: bits for name, bits in aligned.items() if set(bits) != {128}} == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_statistics_loop_does_not_synchronise(measured, target):
+    loops = {name: row["synchronisations"] for name, row in measured[target].items() if row["pairs"]}
+    assert len(loops) >= 20
+    assert not any(loops.values()), loops
+
+
+@pytest.mark.parametrize("target", sorted(BUDGET["targets"]))
+def test_registers_and_instructions_stay_within_the_record(measured, target):
+    recorded = ".".join(BUDGET["triton"].split(".")[:2])
+    if ".".join(triton.__version__.split(".")[:2]) != recorded:
+        pytest.skip(f"the figures were recorded with Triton {recorded}; this is {triton.__version__}")
+    assert set(measured[target]) == set(BUDGET["targets"][target]), "variants and record differ"
+    over = {}
+    for name, budget in BUDGET["targets"][target].items():
+        for key in ("registers", "instructions"):
+            if measured[target][name][key] > 1.05 * budget[key]:
+                over[f"{name} {key}"] = (measured[target][name][key], budget[key])
+    assert not over, over
+
+
+def test_the_main_variant_is_lean():
+    """About 25 instructions per pair for aligned bfloat16 logits without softcap, all statistics."""
+    for target in ("sm_80", "sm_90"):
+        assert BUDGET["targets"][target]["statistics-bf16-aligned"]["instructions"] <= 25.5
+
+
+def test_the_table_for_readers(measured):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "caop_kernels.inspect", "--target", "sm_90", "--variant", "bf16-aligned-lse"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    header, line = run.stdout.splitlines()
+    assert header.split()[:3] == ["target", "variant", "registers"]
+    registers = measured["sm_90"]["statistics-bf16-aligned-lse"]["registers"]
+    assert line.split()[:3] == ["sm_90", "statistics-bf16-aligned-lse", str(registers)]
+    refused = subprocess.run(command, env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "TRITON_INTERPRET" in refused.stderr

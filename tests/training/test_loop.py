@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from caop_fast.training import TrainConfig, train
+from caop_fast.training.checkpoint import guard_interrupt, load_checkpoint, save_atomically
+from caop_fast.training.loop import batch_indices, step_seed
+
+CONFIG = TrainConfig(
+    arm="caop",
+    steps=4,
+    prompts_per_step=3,
+    rollouts_per_prompt=2,
+    max_new_tokens=5,
+    log_every=3,
+    warmup_steps=1,
+    seed=2,
+)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(make_model, tokenizer, rows, method):
+    runs = []
+    for seed in (2, 2, 3):
+        config = TrainConfig(**{**CONFIG.to_dict(), "adam_betas": (0.9, 0.95), "seed": seed})
+        torch.manual_seed(seed * 17 + len(runs))  # the caller's random state must not matter
+        runs.append(weights(train(make_model(), tokenizer, rows, method, config).student))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_stopped_run_goes_on_bit_for_bit(make_model, tokenizer, rows, method, tmp_path, stop_after):
+    whole = train(make_model(), tokenizer, rows, method, CONFIG)
+
+    def stop(step, loss):
+        if step == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model(), tokenizer, rows, method, CONFIG, out=tmp_path, on_step=stop)
+    steps = []
+    resumed = train(make_model(9), tokenizer, rows, method, CONFIG, out=tmp_path, on_step=lambda s, _: steps.append(s))
+    assert steps == list(range(stop_after + 1, 5))
+    assert torch.equal(weights(whole.student), weights(resumed.student))
+    assert whole.history == resumed.history
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == whole.history
+
+
+def test_ctrl_c_finishes_the_step_and_saves(make_model, tokenizer, rows, method, tmp_path):
+    def press(step, loss):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model(), tokenizer, rows, method, CONFIG, out=tmp_path, on_step=press)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+
+
+def test_a_folder_of_another_run_is_refused(make_model, tokenizer, rows, method, tmp_path):
+    train(make_model(), tokenizer, rows, method, CONFIG, out=tmp_path)
+    other = TrainConfig(**{**CONFIG.to_dict(), "adam_betas": (0.9, 0.95), "learning_rate": 1e-3})
+    with pytest.raises(ValueError, match=r"another configuration \(differs in \['learning_rate'\]\)"):
+        train(make_model(), tokenizer, rows, method, other, out=tmp_path)
+
+
+def test_sixteen_bit_parameters_are_refused(make_model, tokenizer, rows, method):
+    with pytest.raises(TypeError, match=r"float32 parameters, got torch\.bfloat16"):
+        train(make_model().bfloat16(), tokenizer, rows, method, CONFIG)
+
+
+def test_too_few_rows(make_model, tokenizer, rows, method):
+    with pytest.raises(ValueError, match="at least prompts_per_step=3 rows, got 2"):
+        train(make_model(), tokenizer, rows[:2], method, CONFIG)
+
+
+def test_every_row_comes_once_an_epoch_in_an_order_that_changes():
+    epochs = [[i for step in range(e * 5, e * 5 + 5) for i in batch_indices(20, 4, step, seed=0)] for e in range(2)]
+    assert [sorted(e) for e in epochs] == [list(range(20))] * 2
+    assert epochs[0] != epochs[1]
+    assert batch_indices(20, 4, 0, seed=0) != batch_indices(20, 4, 0, seed=1)
+
+
+def test_step_seeds_differ():
+    seeds = {step_seed(seed, step) for seed in range(20) for step in range(50)}
+    assert len(seeds) == 1000
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_history_windows_cover_every_step(make_model, tokenizer, rows, method):
+    history = train(make_model(), tokenizer, rows, method, CONFIG).history
+    assert [h["step"] for h in history] == [3, 4]
+    assert [h["n"] for h in history] == [3 * 3 * 2, 3 * 2]
+    json.dumps(history, allow_nan=False)
+
+
+def test_distillation_brings_the_student_to_its_teacher(make_model, tokenizer, rows, method):
+    """With a frozen teacher the divergence on the student's own samples must fall."""
+    config = TrainConfig(
+        arm="opd",
+        steps=120,
+        prompts_per_step=5,
+        rollouts_per_prompt=8,
+        max_new_tokens=5,
+        ema_rate=0.0,
+        learning_rate=1e-2,
+    )
+    losses, student = [], make_model()
+    with torch.no_grad():  # contexts must matter for the teacher to differ from the student
+        for p in student.parameters():
+            p.mul_(2.0 if p.ndim == 2 else 1.0)
+    train(student, tokenizer, rows, method, config, on_step=lambda step, loss: losses.append(loss))
+    assert sum(losses[-10:]) < 0.65 * sum(losses[:10])
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_atomically({"step": 1}, path)
+    with pytest.raises(Exception, match=r"pickle|local"):
+        save_atomically({"step": 2, "bad": lambda: None}, path)
+    assert load_checkpoint(path) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch " + str(tmp_path / "ran"),)
+
+    torch.save({"x": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(Exception, match=r"(?i)weights_only|unsupported"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_second_ctrl_c_acts_at_once():
+    with guard_interrupt() as guard:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            guard.check()
