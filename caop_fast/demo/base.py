@@ -60,11 +60,6 @@ class BaseConfig:
     warmup_steps: int = 15
     seed: int = 0
 
-    @classmethod
-    def for_task(cls, name: str) -> BaseConfig:
-        """The published recipe of a task: carrying digits takes more practice than spelling."""
-        return cls(steps=300, bare_per_step=160, example_per_step=64) if name == "sums" else cls()
-
 
 def new_model(task: Task, tokenizer: PreTrainedTokenizerFast, config: BaseConfig) -> Qwen3ForCausalLM:
     """A randomly initialised model of the task's vocabulary, with tied embeddings."""

@@ -14,7 +14,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .arms import ArmJob, read_answers, run_arm
 from .base import BaseConfig, pretrain
 from .page import demo_page
 from .progress import Progress
+from .recipes import RECIPES
 from .task import TASK_NAMES, Task, load_task
 
 ALL_ARMS = ("base", *ARMS)
@@ -48,7 +49,7 @@ class DemoConfig:
         arms: a subset of base, opd, caop, direct, masked.
         out: the run's folder.
         base: the base model's recipe, None for the task's own; its seed is replaced by `seed`.
-        train: what all trained arms share; arm, seed and the task's budgets are filled in.
+        train: what all trained arms share, None for the task's own; arm, seed and the task's budgets are filled in.
         heldout: how many held-out prompts to answer; None is all.
     """
 
@@ -57,7 +58,7 @@ class DemoConfig:
     arms: tuple[str, ...] = ALL_ARMS
     out: Path = Path("runs/demo")
     base: BaseConfig | None = None
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig | None = None
     heldout: int | None = None
 
     def __post_init__(self) -> None:
@@ -69,7 +70,9 @@ class DemoConfig:
                 f"arms must be distinct and among {', '.join(ALL_ARMS)}, got {', '.join(self.arms) or 'none'}"
             )
         if self.base is None:
-            object.__setattr__(self, "base", BaseConfig.for_task(self.task))
+            object.__setattr__(self, "base", RECIPES[self.task].base)
+        if self.train is None:
+            object.__setattr__(self, "train", RECIPES[self.task].train)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed!r}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 
 import torch
 
@@ -37,12 +38,14 @@ def available(device: torch.device | str) -> str | None:
     reason = missing_triton()
     if reason is not None:
         return reason
-    if device.type == "cpu" and not _interpreted():
+    if device.type != "cpu":
+        return None
+    if not _interpreted():
         return (
             "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 in the environment before Triton is "
             "imported, or use the plain PyTorch losses"
         )
-    return None
+    return _broken_interpreter()
 
 
 def _interpreted() -> bool:
@@ -50,6 +53,26 @@ def _interpreted() -> bool:
     from caop_kernels.state import rebase
 
     return type(rebase).__module__.endswith("interpreter")
+
+
+@functools.cache
+def _broken_interpreter() -> str | None:
+    """Interpreters up to Triton 3.6 turn one-element arrays into loop bounds with int(), which NumPy 2.4 refuses."""
+    import numpy
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            int(numpy.zeros(1))
+        except TypeError:
+            return (
+                f"the interpreter of Triton {triton.__version__} does not work with NumPy {numpy.__version__}; "
+                "take Triton >= 3.7 or NumPy < 2.4 (compiled kernels are not concerned)"
+            )
+    return None
 
 
 def require(device: torch.device) -> None:

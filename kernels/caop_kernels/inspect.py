@@ -43,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         import triton
 
-        rows = {t: {name: _record(chosen[name], r) for name, r in found.items()} for t, found in table.items()}
-        print(json.dumps({"triton": triton.__version__, "targets": rows}, indent=1))
+        targets = []
+        for target, found in table.items():  # one variant per line, so that a change reads well in a diff
+            rows = [f"   {json.dumps(name)}: {json.dumps(_record(chosen[name], r))}" for name, r in found.items()]
+            targets.append(f"  {json.dumps(target)}: {{\n" + ",\n".join(rows) + "\n  }")
+        print(f'{{\n "triton": {json.dumps(triton.__version__)},\n "targets": {{')
+        print(",\n".join(targets) + "\n }\n}")
         return 0
     print(f"{'target':8} {'variant':42} {'registers':>9} {'spills':>6} {'instr/pair':>14} {'loop sync':>9}  loads")
     for target, found in table.items():

@@ -15,8 +15,8 @@ rounding and is clamped, as are the entropies. NaN stays NaN.
 Edge values: a column where both logits are -inf contributes 0. Forward KL is +inf where the student excludes a column
 (-inf) that the teacher does not, reverse KL where the teacher excludes one that the student does not. A row that is
 -inf throughout, or holds NaN or +inf, gives NaN in the statistics that involve that side, and in that row only. Logits
-are expected within +-1e4; what lies below -2^40 counts as excluded when it meets nothing larger, what lies below
-about -2^99 always (a mask written with torch.finfo(float32).min therefore acts as -inf).
+are expected within +-1e4. Beyond that: finite masks act like -inf wherever both sides use one, and a column where one
+side lies 2^64 or more below the other counts as excluded; a side with no logit above -2^40 has no distribution (NaN).
 
 Launch: program (row, chunk) reduces one fixed chunk of columns to a state, then one program per block of rows merges
 the chunks in order and finishes. No atomics: the bits of a row depend on that row, its strides and its alignment.

@@ -16,7 +16,9 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: the kernels cannot be compiled")
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# Triton 3.4 links AMD code with the ROCm installation's own linker; later wheels bring one.
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", *(("gfx942",) if RELEASE >= (3, 6) else ()))
 BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text())
 
 pytestmark = pytest.mark.slow
@@ -29,6 +31,11 @@ def measured() -> dict[str, dict[str, dict]]:
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)["targets"]
+
+
+def test_every_target_is_compiled_with_every_variant(measured):
+    names = set(BUDGET["targets"]["sm_90"])
+    assert {target: set(rows) for target, rows in measured.items()} == dict.fromkeys(TARGETS, names)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -52,9 +59,8 @@ def test_the_statistics_loop_does_not_synchronise(measured, target):
 
 @pytest.mark.parametrize("target", sorted(BUDGET["targets"]))
 def test_registers_and_instructions_stay_within_the_record(measured, target):
-    recorded = ".".join(BUDGET["triton"].split(".")[:2])
-    if ".".join(triton.__version__.split(".")[:2]) != recorded:
-        pytest.skip(f"the figures were recorded with Triton {recorded}; this is {triton.__version__}")
+    if tuple(int(part) for part in BUDGET["triton"].split(".")[:2]) != RELEASE:
+        pytest.skip(f"the figures were recorded with Triton {BUDGET['triton']}; this is {triton.__version__}")
     assert set(measured[target]) == set(BUDGET["targets"][target]), "variants and record differ"
     over = {}
     for name, budget in BUDGET["targets"][target].items():

@@ -61,8 +61,10 @@ def test_cpu_tensors_without_the_interpreter_are_a_clear_error():
 
 def test_the_interpreter_makes_cpu_available():
     pytest.importorskip("triton")
-    out = python("import caop_kernels; print(caop_kernels.available('cpu'))", TRITON_INTERPRET="1")
-    assert out.strip() == "None"
+    out = python("import caop_kernels; print(caop_kernels.available('cpu'))", TRITON_INTERPRET="1").strip()
+    if "does not work with NumPy" in out:
+        pytest.skip(out)
+    assert out == "None"
 
 
 def test_nothing_of_caop_fast_is_imported_anywhere():

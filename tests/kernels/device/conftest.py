@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import os
 
+import caop_kernels
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _no_gpu() -> str | None:
+def _reason_to_skip() -> str | None:
     if INTERPRETED:
-        return None
+        return caop_kernels.available("cpu")
     if torch.cuda.is_available():
-        return None
+        return caop_kernels.available("cuda")
     return "no CUDA or ROCm device; test_kernels_interpreted.py runs this test in Triton's interpreter"
 
 
@@ -30,7 +31,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    reason = _no_gpu()
+    reason = _reason_to_skip()
     if reason is not None:
         pytest.skip(reason)
     return torch.device("cpu" if INTERPRETED else "cuda")

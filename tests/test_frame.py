@@ -1,0 +1,101 @@
+"""The project's own frame: what is packaged, what the Makefile needs, what the README promises."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):
+    pytest.importorskip("hatchling", reason="building the wheel needs hatchling (the extra dev)")
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    packages = {n.split("/")[0] for n in names if ".dist-info" not in n}
+    assert packages == {"caop_fast", "caop_kernels"}
+    assert {"caop_fast/py.typed", "caop_kernels/py.typed", "caop_fast/cli.py"} <= set(names)
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_the_kernels_folder_does_not_shadow_the_hubs_kernels_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "import kernels, sys; sys.exit(getattr(kernels, '__file__', None) is not None and 'caop' in str(kernels.__file__))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "extra"), [("demo", "demo"), ("test", "dev"), ("lint", "dev"), ("bench-quick", "dev")]
+)
+def test_make_needs_python_pip_and_make_only(target, extra):
+    """From nothing, each target first makes the environment without ensurepip and installs into it, visibly."""
+    command = ["make", "-n", target, "VENV=does-not-exist", "PIP_ARGS=--extra-index-url=https://example.org"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("echo")]
+    assert lines[0] == "python3 -m venv --without-pip does-not-exist"
+    assert lines[1].startswith("python3 -m pip --python does-not-exist/bin/python install")
+    assert "-c constraints.txt --extra-index-url=https://example.org -e" in lines[1]
+    assert f'".[{extra}]"' in lines[1]
+    assert "quiet" not in lines[1]
+
+
+def test_the_heavy_packages_are_extras():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    core = re.search(r"\ndependencies = \[(.*?)\n\]", text, re.DOTALL).group(1)
+    assert re.findall(r'"([a-z-]+)', core) == ["torch", "triton", "transformers", "numpy"]
+    for extra in ("demo", "train", "audit", "test", "bench", "flash", "dev"):
+        assert re.search(rf"^{extra} = \[", text, re.MULTILINE), extra
+
+
+class TestReadme:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def test_its_code_runs(self, tmp_path):
+        blocks = re.findall(r"```python\n(.*?)```", self.text, re.DOTALL)
+        assert blocks
+        for block in blocks:
+            done = subprocess.run(
+                [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+
+    def test_every_file_it_names_exists(self):
+        for target in re.findall(r"\]\(([^)#]+)\)", self.text):
+            if not target.startswith("http"):
+                assert (ROOT / target).exists(), target
+
+    def test_its_table_is_that_of_the_record(self):
+        record = json.loads((ROOT / "docs" / "demo_pronounce.json").read_text(encoding="utf-8"))["readings"]
+        rows = dict(re.findall(r"^\| `?(base|opd|caop|direct|masked)`? \|(.*)\|$", self.text, re.MULTILINE))
+        assert set(rows) == {"base", "opd", "caop", "direct", "masked"}
+        columns = [("sampled", m) for m in ("accuracy", "mean_confidence", "ece", "spr")]
+        columns += [("expected", "ece"), ("greedy", "accuracy"), ("greedy", "ece")]
+        for name, row in rows.items():
+            shown = [float(cell) for cell in re.findall(r"\d+\.\d+", row)]
+            values = [record[reading][name][metric] for reading, metric in columns]
+            assert shown == [pytest.approx(sum(v) / len(v), abs=5.1e-4) for v in values], name
+
+    def test_its_commands_are_real(self):
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        for target in set(re.findall(r"`?make ([a-z-]+)", self.text)):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+        for command in set(re.findall(r"caop-fast ([a-z]+)", self.text)):
+            done = subprocess.run(
+                [sys.executable, "-m", "caop_fast.cli", command, "--help"], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, command
