@@ -59,7 +59,7 @@ def load() -> list[Plant]:
 
 
 def verdict(plant: Plant, tree: Path) -> str | None:
-    """Plant the error in `tree`, run its test, take it out again; None when the test failed as it must, else a complaint."""
+    """Plant the error in `tree`, run its test, take it out again; None when the test failed, else a complaint."""
     path = tree / plant.file
     original = path.read_text(encoding="utf-8")
     if original.count(plant.old) != 1:

@@ -34,7 +34,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(tmp_path):
 
 def test_the_kernels_folder_does_not_shadow_the_hubs_kernels_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    code = "import kernels, sys; sys.exit(getattr(kernels, '__file__', None) is not None and 'caop' in str(kernels.__file__))"
+    code = "import kernels, sys; sys.exit(getattr(kernels, '__file__', None) is not None)"  # a namespace has no file
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
     assert done.returncode == 0
 

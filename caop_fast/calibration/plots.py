@@ -39,6 +39,7 @@ THEMES = {
     "dark": {"ink": "#e6e8eb", "soft": "#a2abb5", "line": "#343a42", "back": "#15181c", "gap": "#ff5c5c"},
 }
 TITLE = {"loc": "left", "fontsize": 9.5, "weight": "bold"}
+RARE = 0.01  # bins with a smaller share of the answers are drawn pale
 
 
 def plots_unavailable() -> str | None:
@@ -173,22 +174,24 @@ def _reliability_panel(
     total = sum(b.count for b in bins)
     upper.plot([0, 1], [0, 1], color=look["soft"], lw=1, ls=(0, (4, 3)), zorder=1)
     for b in bins:
-        upper.bar(b.lower, b.accuracy, b.upper - b.lower, align="edge", color=color, alpha=0.3, edgecolor=look["back"])
+        strength = 1.0 if b.count >= RARE * total else 0.3  # a handful of answers must not catch the eye
+        width = b.upper - b.lower
+        upper.bar(b.lower, b.accuracy, width, align="edge", color=color, alpha=0.3 * strength, edgecolor=look["back"])
         at = [b.mean_confidence] * 2
         # the error of a bin is the height between its point and the diagonal
         upper.plot(
             at,
             [b.accuracy, b.mean_confidence],
             color=look["gap"],
-            alpha=0.4,
+            alpha=0.4 * strength,
             lw=5,
             solid_capstyle="butt",
         )
-        upper.plot(at, [b.wilson_lower, b.wilson_upper], color=color, lw=1.4, zorder=4)
-        upper.plot(b.mean_confidence, b.accuracy, "o", color=color, ms=4.5, mec=look["back"], mew=0.6, zorder=5)
-        lower.bar(
-            b.lower, b.count / total, b.upper - b.lower, align="edge", color=color, alpha=0.75, edgecolor=look["back"]
+        upper.plot(at, [b.wilson_lower, b.wilson_upper], color=color, alpha=strength, lw=1.4, zorder=4)
+        upper.plot(
+            b.mean_confidence, b.accuracy, "o", color=color, alpha=strength, ms=4.5, mec=look["back"], mew=0.6, zorder=5
         )
+        lower.bar(b.lower, b.count / total, width, align="edge", color=color, alpha=0.75, edgecolor=look["back"])
     text = "no answer states a readable confidence"
     if bins:
         text = f"ECE {metrics['ece']:.3f}\ngap {metrics['overconfidence_gap']:+.3f}"
@@ -213,7 +216,8 @@ def _how_to_read(cell: Any, look: Mapping[str, str]) -> None:
         0.02,
         0.95,
         "How to read this\n\nEach dot: the answers given\nwith about that confidence.\nOn the dashed line: honest,\n"
-        "what it calls 70 % is right\n70 % of the time.\nBelow it: overconfident.\n\nRed: the distance to honest.\n"
+        "what it calls 70 % is right\n70 % of the time.\n"
+        "Below it: overconfident.\n\nRed: the distance to honest.\nPale: under 1 % of the answers.\n"
         "Thin bar: 95 % interval.\nBottom: how often each\nconfidence is stated.",
         va="top",
         fontsize=9,

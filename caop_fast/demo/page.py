@@ -110,9 +110,9 @@ def _repair_sentence(summary: Mapping[str, Any]) -> str:
     honest = opd["ece"] - caop["ece"] > CALIBRATION_CHANGE
     if honest and cost <= ACCURACY_CHANGE:
         kept = "beats its accuracy" if cost < -ACCURACY_CHANGE else "keeps that accuracy"
-        return f"CaOP {kept} and gives back honest confidence: {numbers}."
+        return f"CaOP {kept} and takes the overconfidence away: {numbers}."
     if honest:
-        return f"CaOP gives back honest confidence but loses accuracy in this run: {numbers}."
+        return f"CaOP takes the overconfidence away but loses accuracy in this run: {numbers}."
     kept = "and loses accuracy" if cost > ACCURACY_CHANGE else "though it keeps the accuracy"
     return f"CaOP did not clearly lower the calibration error in this run, {kept}: {numbers}."
 
@@ -203,7 +203,7 @@ def _save(out: Path, name: str, figure: Any) -> None:
 
 def _introduction(summary: Mapping[str, Any], colors: Mapping[str, str]) -> list[str]:
     task = {
-        "pronounce": "spell an English word in phonemes",
+        "pronounce": "turn the spelling of an English word into its sounds (phonemes)",
         "sums": "add two numbers whose digits are partly smudged",
     }.get(summary["task"], f"the task “{summary['task']}”")
     names = [arm["name"] for arm in summary["arms"]]
@@ -238,10 +238,10 @@ def _plot_sections(
     sections = []
     if sampled:
         how = (
-            "Each dot stands for the answers given with about that confidence. On the dashed line the model is "
-            "honest: of "
-            "the answers it gives at 70 %, 70 % are right. Below the line it is overconfident; red marks the distance. "
-            "Thin bars are 95 % intervals, and the strip below shows how often each confidence is stated."
+            "Each dot stands for the answers given with about that confidence. On the dashed line the model is honest: "
+            "of the answers it gives at 70 %, 70 % are right. Below the line it is overconfident; red marks the "
+            "distance. Thin bars are 95 % intervals, pale marks stand for less than 1 % of the answers, and the strip "
+            "below shows how often each confidence is stated."
         )
         sections.append(
             page.Section("What it says, and how often it is right", [how, page.reliability_gallery(sampled, colors)])

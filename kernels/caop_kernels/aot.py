@@ -55,6 +55,7 @@ class Variant:
     constants: Mapping[str, Any]  # constexpr arguments, and None for absent pointers
     divisible: tuple[str, ...]  # arguments known to divide by 16
     num_warps: Mapping[str, int]  # by Triton backend
+    num_stages: int | None = None  # None: Triton's default
     pair_bytes: int = 0  # bytes one (student, teacher) pair takes in memory; 0 for kernels without a main loop
     aligned: bool = False
     double: bool = False
@@ -130,6 +131,7 @@ def _statistics_variant(
         },
         divisible=divisible,
         num_warps={b: config.num_warps for b, config in launch.items()},
+        num_stages=launch["cuda"].num_stages,
         pair_bytes=_ITEMSIZE[student] + _ITEMSIZE[teacher],
         aligned=aligned,
         double=double,
@@ -184,8 +186,8 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in variant.divisible}
     source = ASTSource(kernel, signature, dict(variant.constants), attributes)
     options = {"num_warps": variant.num_warps[target.backend]}
-    if variant.pair_bytes:
-        options["num_stages"] = 1
+    if variant.num_stages is not None:
+        options["num_stages"] = variant.num_stages
     return triton.compile(source, target=target, options=options)
 
 

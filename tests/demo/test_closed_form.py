@@ -13,7 +13,7 @@ from caop_fast.training import sample_rollouts, student_prompts
 def case():
     task = load_task("sums")
     tokenizer = task.tokenizer()
-    config = BaseConfig(hidden_size=32, num_layers=1, steps=30, bare_per_step=64, example_per_step=4, warmup_steps=5)
+    config = BaseConfig(hidden_size=64, num_layers=1, steps=120, bare_per_step=64, example_per_step=4, warmup_steps=5)
 
     class OneDigit(type(task)):
         def rows(self, split):

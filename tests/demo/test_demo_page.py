@@ -53,7 +53,7 @@ def test_expected_effect_and_repair() -> None:
     assert text.startswith(
         "Plain on-policy distillation made the model more accurate (from 39.0 % to 51.0 %) and blindly certain"
     )
-    assert "CaOP keeps that accuracy and gives back honest confidence: 51.2 % right against 51.0 %" in text
+    assert "CaOP keeps that accuracy and takes the overconfidence away: 51.2 % right against 51.0 %" in text
     assert "0.33 by the confidence it writes, 0.03 by the expected value" in text
     assert text.count(". ") == 1
 
@@ -69,7 +69,7 @@ def test_expected_effect_and_repair() -> None:
         ),
         ({"opd": metrics(0.30, 0.998, 0.7)}, "made the model less accurate", "CaOP beats its accuracy"),
         ({"opd": metrics(0.51, 0.8, 0.3)}, "and overconfident:", "CaOP did not clearly lower"),
-        ({"caop": metrics(0.45, 0.46, 0.1)}, "blindly certain", "honest confidence but loses accuracy"),
+        ({"caop": metrics(0.45, 0.46, 0.1)}, "blindly certain", "overconfidence away but loses accuracy"),
         (
             {"caop": metrics(0.45, 0.99, 0.55)},
             "blindly certain",
