@@ -1,7 +1,7 @@
 # Everything happens in .venv, which each target sets up for itself; nothing but python3, pip and make is needed.
 #   make demo        the whole story on a small real task, a few minutes on a CPU
-#   make test        the test suite
-#   make test-full   the same with the slow tests
+#   make test        the test suite (a few minutes; ARGS='-m "not slow"' leaves the compiler out)
+#   make plant-errors  plants errors in a copy and demands that a test fails for each
 #   make lint        ruff
 #   make bench-quick our losses against straightforward PyTorch on this CPU: time and peak memory
 # Options: PYTHON=python3.12, PIP_ARGS="..." (passed to pip), ARGS="..." (passed to the demo or to pytest).
@@ -12,16 +12,16 @@ ARGS     ?=
 VENV     := .venv
 PY       := $(VENV)/bin/python
 
-.PHONY: demo test test-full lint format bench-quick clean
+.PHONY: demo test plant-errors lint format bench-quick clean
 
 demo: $(VENV)/.has-demo
 	$(PY) -m caop_fast.cli demo $(ARGS)
 
 test: $(VENV)/.has-dev
-	$(PY) -m pytest -m "not slow" $(ARGS)
-
-test-full: $(VENV)/.has-dev
 	$(PY) -m pytest $(ARGS)
+
+plant-errors: $(VENV)/.has-dev
+	$(PY) tests/plant_errors.py $(ARGS)
 
 lint: $(VENV)/.has-dev
 	$(PY) -m ruff check .

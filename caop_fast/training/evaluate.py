@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..calibration import calibration_metrics, parse_confidence
-from ..caop import ConfidenceStyle, Verifier, candidate_ids, locate_confidence
+from ..caop import ConfidenceStyle, Verifier, locate_confidence
 from .head import language_head
-from .reading import token_entropy, value_reading
+from .reading import ValueGrid, token_entropy, value_reading
 from .rollouts import Rollout, sample_rollouts, stop_token_ids
 from .scoring import Completions, completion_hidden
 
@@ -135,8 +135,7 @@ def read_confidence(
     head, device = language_head(model), model.device
     stops = stop_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    candidates = torch.tensor(candidate_ids(tokenizer, style), device=device)
-    values = torch.tensor(style.values, dtype=torch.float64, device=device)
+    grid = ValueGrid.of(tokenizer, style, device)
     result = {k: np.full(len(rollouts), np.nan) for k in ("expected", "answer_entropy", "confidence_entropy")}
     was_training = model.training
     model.eval()
@@ -155,7 +154,7 @@ def read_confidence(
             if not at_value:
                 continue
             rows, columns = (torch.tensor(x, device=device) for x in zip(*at_value, strict=True))
-            expected, entropy = value_reading(hidden[rows, columns], head, candidates, values, temperature)
+            expected, entropy = value_reading(hidden[rows, columns], head, grid, temperature)
             where = start + np.array([k for k, _ in at_value])
             result["expected"][where] = expected.cpu().numpy()
             result["confidence_entropy"][where] = entropy.cpu().numpy()

@@ -22,11 +22,12 @@ class RolloutWindow:
         self._clear()
 
     def _clear(self) -> None:
-        lists = ("correct", "confidence", "expected", "confidence_entropy", "answer_entropy", "loss")
+        lists = ("correct", "confidence", "expected", "confidence_entropy", "answer_entropy", "loss", "cut")
         self._state = {name: [] for name in lists}
 
     def add(self, sampled: Sampled, output: StepOutput) -> None:
         """One step's rollouts and what its forward passes showed."""
+        self._state["cut"] += [float(not r.ended) for r in sampled.rollouts]
         stated = [parse_confidence(r.text).value for r in sampled.rollouts]
         self._state["correct"] += [v.correct for v in sampled.verdicts]
         self._state["confidence"] += [math.nan if c is None else c for c in stated]
@@ -59,6 +60,7 @@ class RolloutWindow:
             "answer_entropy": _mean(state["answer_entropy"]),
             "confidence_entropy": _mean(state["confidence_entropy"]),
             "loss": _mean(state["loss"]),
+            "cut_share": _mean(state["cut"]),  # reached the length limit: no weight in the loss
             "n": len(state["correct"]),
         }
         self._clear()

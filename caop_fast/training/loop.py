@@ -16,6 +16,7 @@ from ..calibration.files import write_atomic
 from .checkpoint import guard_interrupt, load_checkpoint, save_atomically
 from .config import TrainConfig
 from .history import RolloutWindow
+from .reading import ValueGrid
 from .step import Method, accumulate_gradients, build_groups, sample_and_verify, student_prompts
 from .teacher import EmaTeacher
 
@@ -62,6 +63,7 @@ def train(
     run = _Run(student, config, Path(out) if out is not None else None)
     run.resume()
     prompts = student_prompts(rows, tokenizer, config.max_prompt_tokens)
+    grid = ValueGrid.of(tokenizer, method.style, student.device, single_tokens=config.arm == "direct")
     student.train()
     with guard_interrupt() as guard:
         while run.step < config.steps:
@@ -73,7 +75,7 @@ def train(
             )
             groups = build_groups(sampled, batch_rows, batch_prompts, tokenizer, method, config)
             run.optimizer.zero_grad(set_to_none=True)
-            output = accumulate_gradients(student, run.teacher.model, groups, tokenizer, method.style, config)
+            output = accumulate_gradients(student, run.teacher.model, groups, tokenizer, grid, config)
             torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
             run.optimizer.step()
             run.schedule.step()

@@ -14,7 +14,6 @@ from ..caop import (
     TeacherContext,
     Verdict,
     Verifier,
-    candidate_ids,
     encode_prompt,
     student_messages,
     success_rates,
@@ -23,7 +22,7 @@ from ..losses import confidence_loss, linear_distillation_loss
 from .config import TrainConfig
 from .head import language_head
 from .plan import TokenPlan, plan_tokens
-from .reading import value_reading
+from .reading import ValueGrid, value_reading
 from .rollouts import Rollout, sample_rollouts, stop_token_ids
 from .scoring import Completions, completion_hidden
 
@@ -144,7 +143,7 @@ def accumulate_gradients(
     teacher: PreTrainedModel,
     groups: Sequence[Group],
     tokenizer: PreTrainedTokenizerBase,
-    style: ConfidenceStyle,
+    grid: ValueGrid,
     config: TrainConfig,
 ) -> StepOutput:
     """Add the gradient of the step's loss to the parameters of `student`.
@@ -162,7 +161,7 @@ def accumulate_gradients(
     size = config.micro_batch_prompts or len(groups)
     outputs = []
     for start in range(0, len(groups), size):
-        output = _micro_batch(student, teacher, groups[start : start + size], tokenizer, style, config, totals)
+        output = _micro_batch(student, teacher, groups[start : start + size], tokenizer, grid, config, totals)
         if output.loss.requires_grad:
             output.loss.backward()
         outputs.append(output)
@@ -188,7 +187,7 @@ def _micro_batch(
     teacher: PreTrainedModel,
     groups: Sequence[Group],
     tokenizer: PreTrainedTokenizerBase,
-    style: ConfidenceStyle,
+    grid: ValueGrid,
     config: TrainConfig,
     totals: _Totals,
 ) -> StepOutput:
@@ -238,15 +237,13 @@ def _micro_batch(
         loss = loss + out.loss
         answer_entropy = (out.student_entropy * ~is_value).sum() / max(totals.answer, 1)
 
-    candidates = torch.tensor(candidate_ids(tokenizer, style), device=device)
-    grid = torch.tensor(style.values, dtype=torch.float32, device=device)
     h_value = h_student[torch.tensor([i for _, i, _ in values], dtype=torch.int64, device=device)]
     direct = [(k, t) for k, (_, _, t) in enumerate(values) if t is not None]
     if direct:
         confidence = confidence_loss(
             head.logits(h_value[torch.tensor([k for k, _ in direct], device=device)]),
-            candidates,
-            grid,
+            grid.tokens,
+            grid.values.float(),
             torch.tensor([t for _, t in direct], dtype=torch.float32, device=device),
             kind=config.direct_kind,
             temperature=config.temperature,
@@ -256,5 +253,5 @@ def _micro_batch(
 
     expected = torch.full((2, len(plans)), torch.nan, dtype=torch.float64, device=device)
     at = torch.tensor([r for r, _, _ in values], dtype=torch.int64, device=device)
-    expected[:, at] = torch.stack(value_reading(h_value, head, candidates, grid, config.temperature))
+    expected[:, at] = torch.stack(value_reading(h_value, head, grid, config.temperature))
     return StepOutput(loss, expected[0], expected[1], answer_entropy.detach())

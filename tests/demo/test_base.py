@@ -78,10 +78,10 @@ def first_words(task, n):
 
 
 def test_pretraining_repeats_from_its_seed_only(task, tokenizer):
-    few = first_words(task, 100)
+    few, others = first_words(task, 100), iter([11, 12, 13])
 
     def run(seed):
-        torch.manual_seed(seed + 100)  # the caller's random state must not matter
+        torch.manual_seed(next(others))  # the caller's random state must not matter
         losses = []
         model = pretrain(few, tokenizer, dataclasses.replace(SMALL, seed=seed), on_step=lambda s, x: losses.append(x))
         return losses, torch.cat([p.detach().flatten() for p in model.parameters()])

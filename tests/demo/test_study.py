@@ -61,8 +61,16 @@ def test_the_report_shows_every_seed():
     assert readings["sampled"]["opd"]["ece"] == [0.25, 0.35]
     text = report(
         {
-            "task": "pronounce", "seeds": [0, 1], "command": "c", "date": "d", "commit": "x", "machine": "m",
-            "n_heldout": 5, "seconds": [1.0, 2.0], "readings": readings, "differences": [],
+            "task": "pronounce",
+            "seeds": [0, 1],
+            "command": "c",
+            "date": "d",
+            "commit": "x",
+            "machine": "m",
+            "n_heldout": 5,
+            "seconds": [1.0, 2.0],
+            "readings": readings,
+            "differences": [],
         }
     )
     assert "**0.300** (0.250, 0.350)" in text

@@ -25,8 +25,14 @@ def make_model(tokenizer):
         torch.manual_seed(seed)
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         config = Qwen3Config(
-            **{**sizes, "head_dim": 8, "intermediate_size": 48, "vocab_size": len(tokenizer), **overrides},
-            max_position_embeddings=64,
+            **{
+                **sizes,
+                "head_dim": 8,
+                "intermediate_size": 48,
+                "vocab_size": len(tokenizer),
+                "max_position_embeddings": 64,
+                **overrides,
+            },
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,

@@ -7,6 +7,7 @@ from caop_fast.caop import Verdict
 from caop_fast.training import TrainConfig
 from caop_fast.training.head import backbone
 from caop_fast.training.plan import plan_tokens
+from caop_fast.training.reading import ValueGrid
 from caop_fast.training.rollouts import Rollout
 from caop_fast.training.step import (
     Group,
@@ -123,7 +124,7 @@ def test_the_teacher_sees_the_solution_and_the_student_never_does(tokenizer, met
     ]
     student_calls = len(seen["student"])
     groups = build_groups(sampled, rows, prompts, tokenizer, method, config)
-    accumulate_gradients(student, teacher, groups, tokenizer, method.style, config)
+    accumulate_gradients(student, teacher, groups, tokenizer, ValueGrid.of(tokenizer, method.style, "cpu"), config)
     assert student_calls > 0
     assert len(seen["student"]) > student_calls
     assert not any((x == secret).any() for x in seen["student"][student_calls:])
@@ -177,7 +178,9 @@ def test_loss_and_gradient_equal_the_straightforward_ones(
     expected.backward()
     reference = [p.grad.clone() for p in student.parameters()]
     student.zero_grad()
-    output = accumulate_gradients(student, teacher, groups, tokenizer, method.style, config)
+    output = accumulate_gradients(
+        student, teacher, groups, tokenizer, ValueGrid.of(tokenizer, method.style, "cpu"), config
+    )
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for p, r in zip(student.parameters(), reference, strict=True):
         assert (p.grad - r).norm() <= 2e-4 * r.norm()
@@ -188,7 +191,9 @@ def test_what_a_step_reads_off_the_value(make_model, rows, tokenizer, method, ro
     config = TrainConfig(arm="opd")
     student, teacher = make_model(0), make_model(1)
     groups: list[Group] = make_groups(rows, tokenizer, method, config, rollout)
-    output = accumulate_gradients(student, teacher, groups, tokenizer, method.style, config)
+    output = accumulate_gradients(
+        student, teacher, groups, tokenizer, ValueGrid.of(tokenizer, method.style, "cpu"), config
+    )
     candidates = torch.tensor([tokenizer.convert_tokens_to_ids(method.style.number(v)) for v in method.style.values])
     plans = [(g, p) for g in groups for p in g.plans]
     for i, (group, plan) in enumerate(plans):
@@ -209,7 +214,9 @@ def test_a_step_of_cut_completions_only_changes_nothing(model, make_model, rows,
     cut = [rollout("X Y", 0), rollout("Z", 1)]
     sampled = Sampled(cut, [method.verifier(r.text, rows[r.prompt_index]) for r in cut], [0.0, 0.0], [2])
     groups = build_groups(sampled, rows[:2], student_prompts(rows[:2], tokenizer, 16), tokenizer, method, config)
-    output = accumulate_gradients(model, make_model(1), groups, tokenizer, method.style, config)
+    output = accumulate_gradients(
+        model, make_model(1), groups, tokenizer, ValueGrid.of(tokenizer, method.style, "cpu"), config
+    )
     assert output.loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
