@@ -92,9 +92,9 @@ class TestReadme:
 
     def test_its_commands_are_real(self):
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-        for target in set(re.findall(r"`?make ([a-z-]+)", self.text)):
+        for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", self.text, re.MULTILINE)):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-        for command in set(re.findall(r"caop-fast ([a-z]+)", self.text)):
+        for command in set(re.findall(r"(?:^|`)caop-fast ([a-z]+)", self.text, re.MULTILINE)):
             done = subprocess.run(
                 [sys.executable, "-m", "caop_fast.cli", command, "--help"], capture_output=True, text=True, check=False
             )

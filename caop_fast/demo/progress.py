@@ -6,71 +6,61 @@ import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
-BAR = "{desc:<28} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 QUIET_SECONDS = 20.0  # between two lines of one phase in a log file
 
 
 class Bar:
     """One phase."""
 
-    def __init__(self, label: str, total: int) -> None:
-        self._label, self._total, self._done, self._open = label, total, 0, True
+    def __init__(self, label: str, total: int, bars: Bars | None) -> None:
+        self._label, self._total, self._done, self._bars = label, total, 0, bars
         self._begin = self._spoke = time.monotonic()
-        interactive = sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=label, bar_format=BAR, dynamic_ncols=True) if interactive else None
+        self._task = bars.add_task(label, total=total) if bars else None
 
     def advance_to(self, done: int) -> None:
         """Show that `done` of the total are done."""
         self._done = done
         now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
+        if self._bars is not None:
+            self._bars.update(self._task, completed=done)
+        elif done >= self._total:
+            print(f"{self._label}: done in {now - self._begin:.0f} s", file=sys.stderr, flush=True)
         elif now - self._spoke > QUIET_SECONDS:
             self._spoke = now
             left = (now - self._begin) * (self._total - done) / max(done, 1)
             print(f"{self._label}: {done}/{self._total}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """The phase is over; closing twice does nothing."""
-        if not self._open:
-            return
-        self._open = False
-        if self._bar is not None:
-            self._bar.close()
-        elif self._done >= self._total:
-            print(f"{self._label}: done in {time.monotonic() - self._begin:.0f} s", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 class Progress:
-    """Hands out bars, and closes those still open at the end, however it comes."""
+    """Hands out bars and shows them together while the block lasts."""
 
     def __init__(self) -> None:
-        self._bars: list[Bar] = []
+        console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn())
+        self._bars = Bars(*columns, TimeRemainingColumn(elapsed_when_finished=True), console=console)
+        self._interactive = console.is_terminal
 
     def bar(self, label: str, total: int) -> Bar:
-        """A new bar below the others."""
-        self._bars.append(Bar(label, total))
-        return self._bars[-1]
+        """A new bar below the others; its clock starts now."""
+        return Bar(label, total, self._bars if self._interactive else None)
 
     def say(self, text: str) -> None:
         """A line above the bars."""
-        tqdm.write(text, file=sys.stderr)
+        if self._interactive:
+            self._bars.console.print(text, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
+        if self._interactive:
+            self._bars.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for bar in self._bars:
-            bar.close()
+        self._bars.stop()

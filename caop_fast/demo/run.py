@@ -135,8 +135,8 @@ def _train_base(config: DemoConfig, task: Task, progress: Progress) -> None:
         return
     base = dataclasses.replace(config.base, seed=config.seed)
     tokenizer = task.tokenizer()
-    with progress.bar("Base model, from scratch", base.steps) as bar:
-        model = pretrain(task, tokenizer, base, on_step=lambda step, loss: bar.advance_to(step))
+    bar = progress.bar("Base model, from scratch", base.steps)
+    model = pretrain(task, tokenizer, base, on_step=lambda step, loss: bar.advance_to(step))
     shutil.rmtree(building, ignore_errors=True)
     model.save_pretrained(building)
     tokenizer.save_pretrained(building)
@@ -197,9 +197,6 @@ def _run_arms(config: DemoConfig, task: Task, progress: Progress) -> None:
                 raise RuntimeError(f"arm {name} failed:\n{value}")
             if kind == "done":
                 running.pop(name).join()
-                for (owner, _), bar in bars.items():
-                    if owner == name:
-                        bar.close()
                 continue
             if (name, kind) not in bars:  # a phase's clock starts with its first report
                 bars[name, kind] = progress.bar(f"Arm {name}: {PHASES[kind]}", totals[kind])
