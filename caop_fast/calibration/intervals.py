@@ -72,7 +72,7 @@ def bootstrap_intervals(
     answers = Answers(correct, confidence, n_bins=n_bins, edges=edges)
     cluster, ids = cluster_index(groups, len(answers))
     drawn = resample_metrics([(answers, cluster)], len(ids), names, n_resamples, seed)
-    return {name: _percentiles(drawn[0][name], level) if len(ids) > 1 else None for name in names}
+    return {name: percentiles(drawn[0][name], level) if len(ids) > 1 else None for name in names}
 
 
 def paired_bootstrap(
@@ -123,7 +123,7 @@ def paired_bootstrap(
         values = [None if np.isnan(v) else v for v in at]
         difference = None if None in values else at[1] - at[0]
         defined = difference is not None and len(ids) > 1
-        interval = _percentiles(drawn[1][name] - drawn[0][name], level) if defined else None
+        interval = percentiles(drawn[1][name] - drawn[0][name], level) if defined else None
         result[name] = Difference(*values, difference, *(interval or (None, None)))
     return result
 
@@ -200,7 +200,8 @@ def _chunks(total: int, width: int) -> Iterator[int]:
         yield min(size, total - start)
 
 
-def _percentiles(values: FloatArray, level: float) -> tuple[float, float] | None:
+def percentiles(values: FloatArray, level: float) -> tuple[float, float] | None:
+    """(low, high) of resampled values at `level`; None where most of them are undefined (NaN)."""
     defined = values[~np.isnan(values)]
     if 2 * len(defined) < len(values):
         return None

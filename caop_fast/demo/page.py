@@ -34,7 +34,13 @@ Answers = Mapping[str, tuple[Any, Any, Any]]
 
 
 def _arm(summary: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    return next((arm for arm in summary["arms"] if arm["name"] == name), None)
+    """An arm's figures as they are judged: an answer whose confidence cannot be read counts as an error of 1."""
+    arm = next((arm for arm in summary["arms"] if arm["name"] == name), None)
+    return arm and {
+        **arm,
+        "accuracy": arm.get("accuracy_all", arm["accuracy"]),
+        "ece": arm.get("ece_upper", arm["ece"]),
+    }
 
 
 def _percent(value: float | None) -> str:
@@ -132,6 +138,8 @@ def _readings(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[lis
         metrics = [arm if key is None else arm.get(key) for arm in arms]
         if any(metrics):
             columns = CALIBRATION_KEYS + (ENTROPY_KEYS if key is None else ())
+            if any(m and m.get("n_unparsed") for m in metrics):
+                columns += ("n_unparsed",)
             tables.append((title, *metric_rows([arm["name"] for arm in arms], metrics, columns)))
     return tables
 
@@ -182,7 +190,8 @@ def demo_page(
         page.Section("What this is", _introduction(summary, colors)),
         *_plot_sections(sampled, expected, history, colors, reason),
         page.Section(
-            "The numbers", [*measured, *_tables(summary, colors), page.glossary((*CALIBRATION_KEYS, *ENTROPY_KEYS))]
+            "The numbers",
+            [*measured, *_tables(summary, colors), page.glossary((*CALIBRATION_KEYS, *ENTROPY_KEYS, "n_unparsed"))],
         ),
         *([page.Section("Some answers", [_examples(examples, names, colors)])] if examples else []),
         page.Section("Honest limits", [page.bullets(_limits(summary, sampled))]),

@@ -19,6 +19,6 @@ RECIPES = {
     "pronounce": Recipe(BaseConfig(), TrainConfig(steps=100, learning_rate=5e-4)),
     # Carrying digits takes more practice than spelling; the truth is known in closed form, so the arms get more steps.
     "sums": Recipe(
-        BaseConfig(steps=300, bare_per_step=160, example_per_step=64), TrainConfig(steps=150, learning_rate=3e-4)
+        BaseConfig(steps=450, bare_per_step=160, example_per_step=64), TrainConfig(steps=150, learning_rate=3e-4)
     ),
 }

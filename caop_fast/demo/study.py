@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
@@ -23,19 +24,39 @@ import numpy as np
 
 from ..calibration.counts import Answers
 from ..calibration.files import write_atomic
-from ..calibration.intervals import resample_metrics
+from ..calibration.intervals import percentiles, resample_metrics
 from ..calibration.metrics import METRICS
 from .arms import read_answers
 from .run import ALL_ARMS, DemoConfig, run_demo
 from .task import TASK_NAMES
 
 COMPARED = (("opd", "base"), ("caop", "opd"), ("direct", "opd"), ("masked", "opd"), ("caop", "masked"))
-SHOWN = ("accuracy", "mean_confidence", "overconfidence_gap", "ece", "brier", "spr", "auroc")
+SHOWN = (
+    "accuracy_all",
+    "mean_confidence",
+    "overconfidence_gap",
+    "ece_upper",
+    "brier_upper",
+    "spr",
+    "auroc",
+    "n_unparsed",
+)
+HEADS = {
+    "accuracy_all": "accuracy",
+    "mean_confidence": "confidence",
+    "overconfidence_gap": "gap",
+    "ece_upper": "ECE",
+    "brier_upper": "Brier",
+    "spr": "SPR",
+    "auroc": "AUROC",
+    "n_unparsed": "unread",
+    "closed_form_mae": "off the closed form by",
+}
 READINGS = ("sampled", "expected", "greedy", "greedy expected")
 DIFFERENCES = {
-    "sampled": ("accuracy", "ece", "brier", "spr"),
-    "expected": ("ece", "brier"),
-    "greedy": ("accuracy", "ece"),
+    "sampled": ("accuracy_all", "ece_upper", "brier_upper", "spr"),
+    "expected": ("ece_upper", "brier_upper"),
+    "greedy": ("accuracy_all", "ece_upper"),
 }
 N_RESAMPLES = 2000
 
@@ -66,38 +87,33 @@ def finished_run(config: DemoConfig) -> dict[str, Any]:
 def differences(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Mean over the seeds of each compared pair's difference, with a 95 % interval.
 
-    The same prompts are held out in every seed; they are drawn with replacement, and one draw serves both arms and all
-    seeds, so what a prompt contributes everywhere cancels. Seeds are not resampled: they are listed instead.
+    Prompts are drawn with replacement, and one draw serves all arms and every seed that holds the prompt, so what a
+    prompt contributes everywhere cancels. Seeds are not resampled: they are listed instead.
     """
     result = []
     for reading, metrics in DIFFERENCES.items():
-        arms = {}
-        for name in ALL_ARMS:
-            for folder in folders:
-                ids, correct, confidence = read_arm(folder, name, reading)
-                order = np.argsort(ids)
-                arms[name, folder] = Answers(correct[order], confidence[order])
-        names = list(arms)
-        n = len(next(iter(arms.values())))
-        draws = resample_metrics([(arms[k], np.arange(n)) for k in names], n, metrics, N_RESAMPLES, seed=0)
-        by_name = dict(zip(names, draws, strict=True))
+        read = {(name, folder): read_arm(folder, name, reading) for name in ALL_ARMS for folder in folders}
+        numbers = {i: k for k, i in enumerate(sorted({i for ids, _, _ in read.values() for i in ids}))}
+        arms = {key: Answers(correct, confidence) for key, (_, correct, confidence) in read.items()}
+        clusters = [np.array([numbers[i] for i in ids]) for ids, _, _ in read.values()]
+        paired = list(zip(arms.values(), clusters, strict=True))
+        draws = dict(zip(arms, resample_metrics(paired, len(numbers), metrics, N_RESAMPLES, seed=0), strict=True))
         for a, b in COMPARED:
             for metric in metrics:
-                point = [
-                    float(METRICS[metric](arms[a, f].counts())[0] - METRICS[metric](arms[b, f].counts())[0])
-                    for f in folders
-                ]
-                drawn = np.mean([by_name[a, f][metric] - by_name[b, f][metric] for f in folders], axis=0)
-                low, high = np.quantile(drawn, [0.025, 0.975])
+                at = [[float(METRICS[metric](arms[x, f].counts())[0]) for f in folders] for x in (a, b)]
+                point = [None if math.isnan(x - y) else x - y for x, y in zip(*at, strict=True)]
+                known = [d for d in point if d is not None]
+                drawn = np.mean([draws[a, f][metric] - draws[b, f][metric] for f in folders], axis=0)
+                low, high = percentiles(drawn, 0.95) or (None, None)
                 result.append(
                     {
                         "reading": reading,
                         "metric": metric,
                         "arm": a,
                         "against": b,
-                        "mean": float(np.mean(point)),
-                        "low": float(low),
-                        "high": float(high),
+                        "mean": sum(known) / len(known) if len(known) == len(point) else None,
+                        "low": low,
+                        "high": high,
                         "seeds": point,
                     }
                 )
@@ -137,14 +153,14 @@ def report(record: dict[str, Any]) -> str:
         "",
         "*Sampled*: one answer a prompt at temperature 1, with the confidence it states. *Expected*: the same answers, "
         "the confidence read as the mean of the model's distribution over the confidence values. *Greedy*: the most "
-        "likely token at each place. Means over the seeds; the seeds' own values in brackets.",
+        "likely token at each place. Means over the seeds; the seeds' own values in brackets. Accuracy is over all "
+        "answers; an answer whose confidence cannot be read counts as an error of 1 in ECE and Brier.",
         "",
     ]
-    heads = {"mean_confidence": "confidence", "overconfidence_gap": "gap", "closed_form_mae": "off the closed form by"}
     for reading, arms in record["readings"].items():
         columns = [m for m in (*SHOWN, "closed_form_mae") if any(m in metrics for metrics in arms.values())]
         lines += [f"## {reading.capitalize()}", ""]
-        lines.append("| arm | " + " | ".join(heads.get(c, c) for c in columns) + " |")
+        lines.append("| arm | " + " | ".join(HEADS[c] for c in columns) + " |")
         lines.append("|---" * (len(columns) + 1) + "|")
         for name, metrics in arms.items():
             cells = [_cell(metrics[c]) for c in columns]
@@ -153,26 +169,32 @@ def report(record: dict[str, Any]) -> str:
     lines += [
         "## Differences between arms",
         "",
-        f"Mean over the seeds with a 95 % paired bootstrap interval ({N_RESAMPLES} draws of prompts, shared by arms "
-        "and seeds); then each seed.",
+        f"Mean over the seeds with a 95 % paired bootstrap interval ({N_RESAMPLES} draws of prompts, each shared by "
+        "all arms and seeds that hold the prompt); then each seed.",
         "",
         "| reading | metric | difference | mean | 95 % interval | seeds |",
         "|---|---|---|---|---|---|",
     ]
     for d in record["differences"]:
         lines.append(
-            f"| {d['reading']} | {d['metric']} | {d['arm']} − {d['against']} | {d['mean']:+.3f} | "
-            f"{d['low']:+.3f} to {d['high']:+.3f} | {', '.join(f'{v:+.3f}' for v in d['seeds'])} |"
+            f"| {d['reading']} | {HEADS[d['metric']]} | {d['arm']} − {d['against']} | {_signed(d['mean'])} | "
+            f"{_signed(d['low'])} to {_signed(d['high'])} | {', '.join(map(_signed, d['seeds']))} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"
 
 
 def _cell(values: Sequence[float | None]) -> str:
     known = [v for v in values if v is not None]
     if not known:
         return "–"
-    each = ", ".join("–" if v is None else f"{v:.3f}" for v in values)
-    return f"**{sum(known) / len(known):.3f}** ({each})"
+    whole = isinstance(known[0], int)
+    each = ", ".join("–" if v is None else str(v) if whole else f"{v:.3f}" for v in values)
+    mean = sum(known) / len(known)
+    return f"**{mean:.1f}** ({each})" if whole else f"**{mean:.3f}** ({each})"
 
 
 def _commit() -> str:

@@ -17,14 +17,15 @@ class TrainConfig:
     Attributes:
         arm: where the confidence target comes from. ``opd``: the teacher, as everything else does. ``caop``: the
             rollout group's success rate, written into the rollout and into the teacher's note. ``direct``: the success
-            rate through `confidence_loss` at the value, no teacher there. ``masked``: nothing, the value has weight 0.
+            rate through `confidence_loss` at the value, no teacher there (needs a tokenizer that writes each value as
+            one token). ``masked``: nothing, the value has weight 0.
         steps: optimiser steps.
         prompts_per_step: fresh prompts in a step.
         rollouts_per_prompt: K. The success rate is a mean over K, so its sampling noise is sqrt(p (1 - p) / K).
         micro_batch_prompts: prompts in one forward and backward; None is all at once. Does not change the gradient.
         max_new_tokens: a rollout that reaches it without ending has weight 0.
         max_prompt_tokens, max_teacher_prompt_tokens: budgets; a longer prompt is an error that names its row.
-        temperature: of the rollouts.
+        temperature: of the rollouts and of both models in the loss.
         answer_beta, confidence_beta: the divergence on the answer's tokens and on the confidence value; 0 is forward KL
             (teacher || student), 1 reverse KL (student || teacher). Reverse KL sharpens the answer; forward KL keeps
             the value's whole distribution.

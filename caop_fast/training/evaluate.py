@@ -14,7 +14,7 @@ from torch import Tensor
 from ..calibration import calibration_metrics, parse_confidence
 from ..caop import ConfidenceStyle, Verifier, locate_confidence
 from .head import language_head
-from .reading import ValueGrid, token_entropy, value_reading
+from .reading import ROWS_AT_ONCE, ValueGrid, token_entropy, value_reading
 from .rollouts import Rollout, sample_rollouts, stop_token_ids
 from .scoring import Completions, completion_hidden
 
@@ -53,7 +53,7 @@ class Evaluation:
 
         def headline(reading: str) -> dict[str, Any]:
             metrics = self.metrics(reading)
-            return {k: metrics[k] for k in (*METRICS, "ece_upper", "brier_upper", "n", "n_unparsed")}
+            return {k: metrics[k] for k in (*METRICS, "accuracy_all", "ece_upper", "brier_upper", "n", "n_unparsed")}
 
         return {
             **headline("confidence"),
@@ -172,7 +172,7 @@ def _read_answer_entropy(result, start, batch, spans, hidden: Tensor, head, temp
     rows, columns = (torch.tensor(x, device=hidden.device) for x in zip(*flat, strict=True))
     per_token = [
         token_entropy(torch.log_softmax(head.logits(hidden[r, c]) / temperature, dim=-1))
-        for r, c in zip(rows.split(4096), columns.split(4096), strict=True)
+        for r, c in zip(rows.split(ROWS_AT_ONCE), columns.split(ROWS_AT_ONCE), strict=True)
     ]
     sums = torch.zeros(len(batch), dtype=torch.float64, device=hidden.device)
     sums.index_add_(0, rows, torch.cat(per_token).double())

@@ -43,4 +43,5 @@ def language_head(model: PreTrainedModel) -> LanguageHead:
 
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The transformer below the head; it returns ``last_hidden_state`` [B, T, H], final norm included."""
-    return model.base_model
+    body = model.base_model
+    return model.get_decoder() if body is model else body  # some composite models name themselves as their base

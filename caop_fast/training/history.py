@@ -28,11 +28,13 @@ class RolloutWindow:
     def add(self, sampled: Sampled, output: StepOutput) -> None:
         """One step's rollouts and what its forward passes showed."""
         self._state["cut"] += [float(not r.ended) for r in sampled.rollouts]
-        stated = [parse_confidence(r.text).value for r in sampled.rollouts]
+        parsed = [parse_confidence(r.text) for r in sampled.rollouts]
+        # Where the model stated nothing, the value read is one that the splice appended: it is not the model's.
+        wrote = [p.span is not None for p in parsed]
         self._state["correct"] += [v.correct for v in sampled.verdicts]
-        self._state["confidence"] += [math.nan if c is None else c for c in stated]
-        self._state["expected"] += output.expected.tolist()
-        self._state["confidence_entropy"] += output.confidence_entropy.tolist()
+        self._state["confidence"] += [math.nan if p.value is None else p.value for p in parsed]
+        for name, values in (("expected", output.expected), ("confidence_entropy", output.confidence_entropy)):
+            self._state[name] += [v if w else math.nan for v, w in zip(values.tolist(), wrote, strict=True)]
         self._state["answer_entropy"].append(output.answer_entropy.item())
         self._state["loss"].append(output.loss.item())
 
@@ -51,7 +53,7 @@ class RolloutWindow:
         expected = calibration_metrics(state["correct"], state["expected"])
         record = {
             "step": step,
-            "accuracy": metrics["accuracy"],
+            "accuracy": metrics["accuracy_all"],
             "mean_confidence": metrics["mean_confidence"],
             "gap": metrics["overconfidence_gap"],
             "ece": metrics["ece"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from .checkpoint import guard_interrupt, load_checkpoint, save_atomically
 from .config import TrainConfig
 from .history import RolloutWindow
 from .reading import ValueGrid
+from .rollouts import seeded
 from .step import Method, accumulate_gradients, build_groups, sample_and_verify, student_prompts
 from .teacher import EmaTeacher
 
@@ -60,7 +62,7 @@ def train(
         )
     if len(rows) < config.prompts_per_step:
         raise ValueError(f"rows must hold at least prompts_per_step={config.prompts_per_step} rows, got {len(rows)}")
-    run = _Run(student, config, Path(out) if out is not None else None)
+    run = _Run(student, config, [str(r["id"]) for r in rows], Path(out) if out is not None else None)
     run.resume()
     prompts = student_prompts(rows, tokenizer, config.max_prompt_tokens)
     grid = ValueGrid.of(tokenizer, method.style, student.device, single_tokens=config.arm == "direct")
@@ -75,7 +77,8 @@ def train(
             )
             groups = build_groups(sampled, batch_rows, batch_prompts, tokenizer, method, config)
             run.optimizer.zero_grad(set_to_none=True)
-            output = accumulate_gradients(student, run.teacher.model, groups, tokenizer, grid, config)
+            with seeded(step_seed(config.seed, run.step) ^ 1, student.device):  # dropout, where the model has any
+                output = accumulate_gradients(student, run.teacher.model, groups, tokenizer, grid, config)
             torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
             run.optimizer.step()
             run.schedule.step()
@@ -111,8 +114,9 @@ def step_seed(seed: int, step: int) -> int:
 class _Run:
     """All that a checkpoint holds, and nothing else."""
 
-    def __init__(self, student: PreTrainedModel, config: TrainConfig, out: Path | None) -> None:
+    def __init__(self, student: PreTrainedModel, config: TrainConfig, row_ids: Sequence[str], out: Path | None) -> None:
         self.student, self.config, self.out = student, config, out
+        self.data = hashlib.sha256(json.dumps(row_ids).encode()).hexdigest()
         self.teacher = EmaTeacher(student, config.ema_rate)
         self.optimizer = torch.optim.AdamW(
             student.parameters(),
@@ -140,6 +144,7 @@ class _Run:
             return
         state = {
             "config": self.config.to_dict(),
+            "data": self.data,
             "step": self.step,
             "history": self.history,
             "window": self.window.state(),
@@ -158,7 +163,12 @@ class _Run:
         state = load_checkpoint(path)
         if state["config"] != self.config.to_dict():
             changed = sorted(k for k, v in self.config.to_dict().items() if state["config"].get(k) != v)
-            raise ValueError(f"out={str(self.out)!r} holds a run with another configuration (differs in {changed})")
+            raise ValueError(
+                f"out={str(self.out)!r} holds a run with another configuration (differs in {changed}); "
+                "name another folder"
+            )
+        if state["data"] != self.data:
+            raise ValueError(f"out={str(self.out)!r} holds a run on other rows; name another folder")
         self.student.load_state_dict(state["student"])
         self.teacher.model.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -102,8 +102,10 @@ def sample_rollouts(
         use_cache=True,
         **sampling,
     )
-    was_training, device = model.training, model.device
+    was_training, own_config, device = model.training, model.generation_config, model.device
     model.eval()
+    # generate() fills whatever `config` leaves open (penalties, min_p, stop strings, ...) from the model's own config.
+    model.generation_config = config
     rollouts: list[Rollout] = []
     step = max(1, batch_size // per_prompt)
     # Equal lengths side by side waste no compute on padding; the answers go back into prompt order below.
@@ -125,6 +127,7 @@ def sample_rollouts(
                     on_progress(len(chosen))
     finally:
         model.train(was_training)
+        model.generation_config = own_config
     rollouts.sort(key=lambda r: r.prompt_index)  # stable: the K of a prompt keep their order
     return rollouts
 

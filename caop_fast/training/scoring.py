@@ -74,13 +74,14 @@ def completion_hidden(
     last = out.last_hidden_state[:, -1:][index]
     if fed.shape[1] == 0:
         return last
-    cache = out.past_key_values
-    if cache is None:
+    cache = getattr(out, "past_key_values", None)
+    try:
+        cache.batch_select_indices(index)
+    except AttributeError:  # no cache at all, or one with recurrent layers
         raise ValueError(
-            f"{type(model).__name__} returned no key-value cache (gradient checkpointing turns it off); "
-            "pass share_prompt=False"
-        )
-    cache.batch_select_indices(index)
+            f"{type(model).__name__} returned no plain key-value cache (gradient checkpointing turns it off, recurrent "
+            "layers have another); pass share_prompt=False"
+        ) from None
     out = body(
         input_ids=fed, attention_mask=mask, position_ids=positions[:, n_prompt:], past_key_values=cache, use_cache=True
     )

@@ -148,11 +148,13 @@ def accumulate_gradients(
 ) -> StepOutput:
     """Add the gradient of the step's loss to the parameters of `student`.
 
-    The loss is the mean divergence over all weighted tokens of the step (plus the weighted mean confidence loss in the
-    ``direct`` arm), whatever the micro-batches: each adds its sum with weights already divided by the step's total.
+    The loss is the weighted sum of divergences over the tokens of all finished rollouts, divided by the number of those
+    tokens in every arm alike, so that an answer's token counts the same whether or not its value has weight (plus the
+    weighted mean confidence loss in the ``direct`` arm). Micro-batches add up to it: each adds its own sum with weights
+    already divided by the step's total.
     """
     totals = _Totals(
-        weight=sum(w for g in groups for p in g.plans for w in p.weights),
+        tokens=sum(len(p.ids) for g in groups for p in g.plans if any(p.weights)),
         direct=sum(sum(p.value_mask) for g in groups for p in g.plans if p.target is not None),
         answer=sum(
             w > 0 and not v for g in groups for p in g.plans for w, v in zip(p.weights, p.value_mask, strict=True)
@@ -175,9 +177,9 @@ def accumulate_gradients(
 
 @dataclass(frozen=True)
 class _Totals:
-    """The step's divisors: the sum of divergence weights, the values trained directly, the weighted answer tokens."""
+    """The step's divisors: tokens of finished rollouts, values trained directly, answer tokens."""
 
-    weight: float
+    tokens: int
     direct: int
     answer: int
 
@@ -231,7 +233,7 @@ def _micro_batch(
             teacher_softcap=teacher_head.softcap,
             beta=beta,
             temperature=config.temperature,
-            weights=torch.tensor([w / totals.weight for _, w, _ in scored], device=device),
+            weights=torch.tensor([w / totals.tokens for _, w, _ in scored], device=device),
             reduction="sum",
         )
         loss = loss + out.loss

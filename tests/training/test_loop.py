@@ -76,6 +76,22 @@ def test_a_folder_of_another_run_is_refused(make_model, tokenizer, rows, method,
         train(make_model(), tokenizer, rows, method, other, out=tmp_path)
 
 
+def test_a_folder_of_a_run_on_other_rows_is_refused(make_model, tokenizer, rows, method, tmp_path):
+    train(make_model(), tokenizer, rows, method, CONFIG, out=tmp_path)
+    with pytest.raises(ValueError, match="on other rows"):
+        train(make_model(), tokenizer, rows[1:], method, CONFIG, out=tmp_path)
+
+
+def test_dropout_is_part_of_the_seed(make_model, tokenizer, rows, method, tmp_path):
+    runs = []
+    for k in range(2):
+        torch.manual_seed(100 + k)
+        model = make_model(attention_dropout=0.3)
+        torch.manual_seed(k)
+        runs.append(weights(train(model, tokenizer, rows, method, CONFIG).student))
+    assert torch.equal(*runs)
+
+
 def test_sixteen_bit_parameters_are_refused(make_model, tokenizer, rows, method):
     with pytest.raises(TypeError, match=r"float32 parameters, got torch\.bfloat16"):
         train(make_model().bfloat16(), tokenizer, rows, method, CONFIG)

@@ -35,8 +35,9 @@ def test_greedy_equals_the_argmax_of_an_unpadded_forward(model, tokenizer, promp
 
 
 def test_samples_follow_the_full_softmax_whatever_the_generation_config_says(model, tokenizer, ids):
-    model.generation_config.top_k, model.generation_config.top_p = 1, 0.1
-    model.generation_config.do_sample = True
+    own = model.generation_config
+    own.top_k, own.top_p, own.temperature, own.do_sample = 1, 0.1, 0.05, True
+    own.min_p, own.repetition_penalty, own.suppress_tokens = 0.5, 1.5, [5, 6]
     prompt = ids("<bos> a <answer>")
     n, temperature = 4000, 1.7
     rollouts = sample_rollouts(
@@ -46,6 +47,13 @@ def test_samples_follow_the_full_softmax_whatever_the_generation_config_says(mod
     p = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double() / temperature, 0).detach().numpy()
     assert np.abs(counts - p).max() < 4 * np.sqrt(0.25 / n)
     assert (counts > 0).sum() > 5
+    assert model.generation_config is own
+
+
+def test_greedy_ignores_the_generation_configs_penalties(model, tokenizer, prompts):
+    plain = sample_rollouts(model, tokenizer, prompts, max_new_tokens=6, greedy=True)
+    model.generation_config.repetition_penalty = 5.0
+    assert sample_rollouts(model, tokenizer, prompts, max_new_tokens=6, greedy=True) == plain
 
 
 def test_a_completion_ends_with_its_end_token_or_is_marked_cut(model, tokenizer, prompts):

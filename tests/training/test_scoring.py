@@ -74,6 +74,22 @@ def test_a_model_without_cache_is_told_what_to_do(model, ids):
         completion_hidden(model, [ids("<bos> a <answer>")], packed, pad_id=0)
 
 
+def test_a_recurrent_model_is_told_what_to_do_and_then_works():
+    import transformers as t
+
+    torch.manual_seed(0)
+    config = t.MambaConfig(
+        vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=1, eos_token_id=2, pad_token_id=0
+    )
+    model = t.MambaForCausalLM(config).eval()
+    packed = Completions.pack([[5, 6, 2]], [0], 0, "cpu")
+    with pytest.raises(ValueError, match="share_prompt=False"):
+        completion_hidden(model, [[1, 4]], packed, pad_id=0)
+    hidden = completion_hidden(model, [[1, 4]], packed, pad_id=0, share_prompt=False)
+    alone = backbone(model)(torch.tensor([[1, 4, 5, 6]])).last_hidden_state[0, 1:]
+    torch.testing.assert_close(hidden[0], alone)
+
+
 def test_prompt_index_must_match(ids):
     with pytest.raises(ValueError, match="prompt_index must have one entry a completion, got 2 for 1"):
         Completions.pack([ids("X")], [0, 1], 0, "cpu")

@@ -156,7 +156,7 @@ def straightforward_loss(student, teacher, groups, tokenizer, style, config):
                 beta = config.confidence_beta if plan.value_mask[j] else config.answer_beta
                 a, b = (ls[j], lt[j]) if beta == 0 else (lt[j], ls[j])
                 divergence += weight * torch.nn.functional.kl_div(a, b, log_target=True, reduction="sum")
-                total += weight
+                total += any(plan.weights)
                 if plan.target is not None and plan.value_mask[j]:
                     inside = ls[j][candidates]
                     q = torch.softmax(inside, 0)
