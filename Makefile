@@ -37,12 +37,16 @@ bench-quick: $(VENV)/.has-dev
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
 
-# Debian's python3 comes without ensurepip, so the environment is made without pip and filled by the outer one.
-$(PY):
+# Debian's python3 comes without ensurepip, so the environment is made without pip and the outer pip, however old, puts
+# a recent one into it. The stamp comes last: a setup that was interrupted is repaired by the next make.
+$(VENV)/.pip-ready:
 	@echo "== making $(VENV) with $$($(PYTHON) --version)"
 	$(PYTHON) -m venv --without-pip $(VENV)
+	target=$$($(PY) -c "import site; print(site.getsitepackages()[0])") && \
+	$(PYTHON) -m pip install --quiet --upgrade --target "$$target" $(PIP_ARGS) 'pip>=23'
+	@touch $@
 
-$(VENV)/.has-%: pyproject.toml constraints.txt | $(PY)
+$(VENV)/.has-%: pyproject.toml constraints.txt | $(VENV)/.pip-ready
 	@echo "== installing caop-fast[$*] and what it needs into $(VENV) (once; a minute or two)"
-	$(PYTHON) -m pip --python $(PY) install --progress-bar on -c constraints.txt $(PIP_ARGS) -e ".[$*]"
+	$(PY) -m pip install --progress-bar on -c constraints.txt $(PIP_ARGS) -e ".[$*]"
 	@touch $@

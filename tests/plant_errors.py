@@ -96,14 +96,16 @@ def verdict(plant: Plant, tree: Path) -> str | None:
 def main() -> int:
     """Run the chosen plants; 0 when every one was caught."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--per-item", type=int, metavar="N", help="only the first N errors of each part")
+    parser.add_argument("--per-item", type=int, metavar="N", help="only the first N (that match) of each part")
     parser.add_argument("--only", default="", metavar="TEXT", help="only errors whose part or file contains TEXT")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="tests at a time (all cores)")
     options = parser.parse_args()
     plants, taken = [], {}
     for plant in load():
+        if options.only not in plant.item + plant.file:
+            continue
         taken[plant.item] = taken.get(plant.item, 0) + 1
-        if options.only in plant.item + plant.file and taken[plant.item] <= (options.per_item or len(taken) + 10_000):
+        if options.per_item is None or taken[plant.item] <= options.per_item:
             plants.append(plant)
     if not plants:
         print(f"no planted error matches --only {options.only!r}", file=sys.stderr)

@@ -43,15 +43,34 @@ def test_the_kernels_folder_does_not_shadow_the_hubs_kernels_package():
     ("target", "extra"), [("demo", "demo"), ("test", "dev"), ("lint", "dev"), ("bench-quick", "dev")]
 )
 def test_make_needs_python_pip_and_make_only(target, extra):
-    """From nothing, each target first makes the environment without ensurepip and installs into it, visibly."""
+    """From nothing: the environment without ensurepip, a pip put into it by any old pip, then the packages, visibly."""
     command = ["make", "-n", target, "VENV=does-not-exist", "PIP_ARGS=--extra-index-url=https://example.org"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = [line for line in done.stdout.splitlines() if not line.startswith("echo")]
+    lines = [line for line in done.stdout.replace("\\\n", "").splitlines() if not line.startswith("echo")]
     assert lines[0] == "python3 -m venv --without-pip does-not-exist"
-    assert lines[1].startswith("python3 -m pip --python does-not-exist/bin/python install")
-    assert "-c constraints.txt --extra-index-url=https://example.org -e" in lines[1]
-    assert f'".[{extra}]"' in lines[1]
-    assert "quiet" not in lines[1]
+    assert lines[1].startswith("target=$(does-not-exist/bin/python -c ")
+    bootstrap = lines[1].partition("&& ")[2]
+    assert bootstrap.startswith("python3 -m pip install ")
+    assert bootstrap.endswith("""--target "$target" --extra-index-url=https://example.org 'pip>=23'""")
+    assert "--python" not in done.stdout, "unknown before pip 22.3"
+    assert lines[2] == "touch does-not-exist/.pip-ready"
+    assert lines[3].startswith("does-not-exist/bin/python -m pip install --progress-bar on -c constraints.txt")
+    assert lines[3].endswith(f'--extra-index-url=https://example.org -e ".[{extra}]"')
+    assert "quiet" not in lines[3]
+
+
+def test_an_interrupted_setup_is_repaired(tmp_path):
+    """An environment without its stamp is set up again; one with it is left alone."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    for stamped in (False, True):
+        if stamped:
+            (tmp_path / ".pip-ready").touch()
+        done = subprocess.run(
+            ["make", "-n", "test", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert ("-m venv" in done.stdout) is not stamped
+        assert ".[dev]" in done.stdout
 
 
 def test_the_heavy_packages_are_extras():
@@ -83,8 +102,8 @@ class TestReadme:
         record = json.loads((ROOT / "docs" / "demo_pronounce.json").read_text(encoding="utf-8"))["readings"]
         rows = dict(re.findall(r"^\| `?(base|opd|caop|direct|masked)`? \|(.*)\|$", self.text, re.MULTILINE))
         assert set(rows) == {"base", "opd", "caop", "direct", "masked"}
-        columns = [("sampled", m) for m in ("accuracy", "mean_confidence", "ece", "spr")]
-        columns += [("expected", "ece"), ("greedy", "accuracy"), ("greedy", "ece")]
+        columns = [("sampled", m) for m in ("accuracy_all", "mean_confidence", "ece_upper", "spr")]
+        columns += [("expected", "ece_upper"), ("greedy", "accuracy_all"), ("greedy", "ece_upper")]
         for name, row in rows.items():
             shown = [float(cell) for cell in re.findall(r"\d+\.\d+", row)]
             values = [record[reading][name][metric] for reading, metric in columns]

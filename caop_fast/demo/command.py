@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,21 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; 0 when done, 2 on bad input, 130 when stopped by Ctrl-C."""
+    """Run the demo; 0 when done, 1 when an arm failed, 2 on bad input, 130 on Ctrl-C, 141 when the output is closed."""
     try:
         from .page import PAGE_NAME, demo_table, demo_verdict
-        from .run import DemoConfig, run_demo
+        from .run import ArmFailed, DemoConfig, run_demo
     except ModuleNotFoundError as error:
         return _refuse(f"the demo needs the package {error.name!r}; install it with: pip install 'caop-fast[demo]'")
     try:
         config = DemoConfig(task=args.task, seed=args.seed, arms=tuple(args.arms), out=args.out)
         summary = run_demo(config)
-    except (ValueError, FileNotFoundError) as error:
+    except BrokenPipeError:
+        return _output_closed()
+    except ArmFailed as error:
+        print(f"caop-fast demo: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
         done = sorted(p.parent.name for p in args.out.glob("arms/*/result.json"))
@@ -80,10 +86,21 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
-    print(demo_table(summary))
-    print(f"\n{demo_verdict(summary)}\n")
-    print(f"Page: {(args.out / PAGE_NAME).resolve()}   ({summary['seconds']:.0f} s)")
+    try:
+        print(demo_table(summary))
+        print(f"\n{demo_verdict(summary)}\n")
+        print(f"Page: {(args.out / PAGE_NAME).resolve()}   ({summary['seconds']:.0f} s)", flush=True)
+    except BrokenPipeError:
+        return _output_closed()
     return 0
+
+
+def _output_closed() -> int:
+    """The reader of a pipe (``| head``) went away: leave the interpreter nothing to complain of when it flushes."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, sys.stderr.fileno())
+    return 141  # 128 + SIGPIPE
 
 
 def _refuse(message: str) -> int:

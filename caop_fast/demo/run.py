@@ -11,6 +11,7 @@ import platform
 import queue
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from filelock import FileLock, Timeout
 
 from ..calibration import parse_confidence
 from ..calibration.files import write_atomic
@@ -36,7 +38,12 @@ from .task import TASK_NAMES, Task, load_task
 ALL_ARMS = ("base", *ARMS)
 PHASES = {"train": "distil", "evaluate": "held-out answers"}
 N_EXAMPLES = 8
+ARM_LOCK = ".lock"  # in an arm's folder, held by its process
 STOP_SECONDS = 20  # for the arms to finish their step and save, once the run is being stopped
+
+
+class ArmFailed(RuntimeError):
+    """An arm's process failed; the message has its traceback, or its exit code where it left none."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,18 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
     A finished run, or one with another recipe, is moved aside first, never overwritten. On Ctrl-C every arm finishes
     its step and saves; the same call then goes on from there.
+
+    Raises:
+        ValueError: ``config.out`` is in use by another demo, is no folder, or holds other things.
+        ArmFailed: the process of an arm failed; the others were stopped.
     """
+    # The folder itself is what is locked and moved, not a link to it, and "." has no place beside it.
+    config = dataclasses.replace(config, out=config.out.resolve())
+    with _only_demo_in(config.out):
+        return _run_demo(config)
+
+
+def _run_demo(config: DemoConfig) -> dict[str, Any]:
     begin = time.monotonic()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()  # the demo shows its own
@@ -112,13 +130,48 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     return summary
 
 
+@contextlib.contextmanager
+def _only_demo_in(out: Path) -> Iterator[None]:
+    """Holds `out` for this run alone. The lock lies beside the folder, which is moved; a file left behind is harmless.
+
+    An arm outlives a killed parent by the step it is in, so the arms' own locks are waited for, too.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise _in_use(out) from None
+    try:
+        for left in out.glob(f"arms/*/{ARM_LOCK}"):
+            try:
+                with FileLock(left, timeout=STOP_SECONDS):
+                    pass
+            except Timeout:
+                raise _in_use(out) from None
+        yield
+    finally:
+        lock.release()
+
+
+def _in_use(out: Path) -> ValueError:
+    return ValueError(f"out={str(out)!r} is in use by another demo; name another folder")
+
+
 def prepare_folder(config: DemoConfig) -> Path | None:
     """Make ``config.out`` ready to be worked in; returns where an earlier run was moved to, if it had to be."""
     out, recipe = config.out, json.loads(json.dumps(config.recipe()))
     moved = None
     recorded = out / "run.json"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is not a folder; name an empty or a new one")
     if out.exists() and any(out.iterdir()):
-        same = recorded.exists() and json.loads(recorded.read_text(encoding="utf-8")) == recipe
+        try:
+            same = recorded.exists() and json.loads(recorded.read_text(encoding="utf-8")) == recipe
+        except ValueError as error:  # of JSON or of UTF-8
+            raise ValueError(
+                f"{recorded} is broken ({error}): not known what run out={str(out)!r} holds; name another folder"
+            ) from None
         if not same or (out / "summary.json").exists():
             if not recorded.exists():
                 raise ValueError(f"out={str(out)!r} is a folder with other things in it; name an empty or a new one")
@@ -191,10 +244,10 @@ def _run_arms(config: DemoConfig, task: Task, progress: Progress) -> None:
             except queue.Empty:
                 died = [name for name, process in running.items() if process.exitcode not in (None, 0)]
                 if died:
-                    raise RuntimeError(f"arm {died[0]} ended with exit code {running[died[0]].exitcode}") from None
+                    raise ArmFailed(f"arm {died[0]} ended with exit code {running[died[0]].exitcode}") from None
                 continue
             if kind == "failed":
-                raise RuntimeError(f"arm {name} failed:\n{value}")
+                raise ArmFailed(f"arm {name} failed:\n{value}")
             if kind == "done":
                 running.pop(name).join()
                 continue
@@ -222,16 +275,24 @@ def _arm_process(job: ArmJob, messages: Any, stop: Any) -> None:
     # The terminal's Ctrl-C reaches every process of its group; the parent alone decides, and says so through `stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def report(kind: str, value: int) -> None:
-        if stop.is_set() or multiprocessing.parent_process().exitcode is not None:
+    def end_if_told() -> None:
+        if not multiprocessing.parent_process().is_alive() or stop.is_set():
             raise KeyboardInterrupt
+
+    def report(kind: str, value: int) -> None:
+        end_if_told()
         messages.put((job.name, kind, value))
 
+    lock = job.result_path.with_name(ARM_LOCK)
     try:
-        run_arm(job, report)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=STOP_SECONDS):
+            end_if_told()  # a parent that died before the lock was taken may have a successor by now
+            run_arm(job, report)
         messages.put((job.name, "done", None))
     except KeyboardInterrupt:
-        pass
+        messages.cancel_join_thread()  # nobody may be reading any more
+        sys.exit(128 + signal.SIGINT)
     except BaseException:
         messages.put((job.name, "failed", traceback.format_exc()))
 

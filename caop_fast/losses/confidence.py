@@ -43,12 +43,14 @@ def confidence_loss(
         bernoulli_nll    -(target log e + (1 - target) log(1 - e)), e = E_q v clipped to [eps, 1 - eps]
 
     Without the outside term a model could escape the score by moving mass off the candidates. Every output is
-    differentiable with respect to ``logits`` (to any order).
+    differentiable with respect to ``logits`` (to any order). ``torch.compile`` works with graph breaks;
+    ``fullgraph=True`` is not supported yet.
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64, at the position that predicts the confidence token.
         candidate_ids: [C] distinct integers in [0, V).
-        candidate_values: [C] distinct values in [0, 1], in any order.
+        candidate_values: [C] distinct values in [0, 1], in any order. Sequences are copied to the device at every call:
+            on a GPU pass tensors.
         target: [...] success rates in [0, 1], not differentiated.
         kind: the score, above.
         outside_weight: finite, >= 0.
@@ -58,7 +60,8 @@ def confidence_loss(
         softcap: ``c * tanh(z / c)`` on the logits before the temperature; None for none.
         vocab_size: the softmax runs over the first ids only; None for all.
         eps: clip of "bernoulli_nll", in (0, 0.5).
-        validate: check values of tensors, which makes the host wait for a GPU; None does so on the CPU only.
+        validate: check values of tensors, which makes the host wait for a GPU; None does so on the CPU only. Unchecked,
+            a candidate id outside [0, V) gives NaN in every row, a target of NaN in its own.
 
     Returns:
         ConfidenceOutput in float32 (float64 when ``logits`` is), with the shape of ``target``.
@@ -119,7 +122,7 @@ def confidence_loss(
     log_inside = picked.logsumexp(-1) - tempered.logsumexp(-1)
     log_q = picked.log_softmax(-1)
     q = log_q.exp()
-    expected = q @ candidate_values
+    expected = (q * candidate_values).sum(-1)  # no product of matrices: autocast would round it
     variance = (q * (candidate_values - expected.unsqueeze(-1)) ** 2).sum(-1)
     score = _score(kind, log_q, q, expected, candidate_values, flat_target, eps)
     if outside_weight:
@@ -137,13 +140,15 @@ def _score(kind: str, log_q: Tensor, q: Tensor, expected: Tensor, values: Tensor
     """The chosen score of each row, [N]."""
     if kind == "cross_entropy":
         mass = split_target(values, target)
-        return -torch.where(mass > 0, mass * log_q, 0.0).sum(-1)
+        return -torch.where(mass == 0, 0.0, mass * log_q).sum(-1)
     if kind == "brier":
         return (expected - target) ** 2
     if kind == "expected_brier":
         return (q * (values - target.unsqueeze(-1)) ** 2).sum(-1)
-    clipped = expected.clamp(eps, 1 - eps)
-    return -(target * clipped.log() + (1 - target) * torch.log1p(-clipped))
+    eps = max(eps, torch.finfo(expected.dtype).tiny)
+    # 1 - e is a sum of its own: where e rounds to 1 its complement would have no digits, and no logarithm.
+    success, failure = expected.clamp(eps, 1 - eps), (q * (1 - values)).sum(-1).clamp(eps, 1 - eps)
+    return -(target * success.log() + (1 - target) * failure.log())
 
 
 def split_target(values: Tensor, target: Tensor) -> Tensor:
@@ -151,7 +156,7 @@ def split_target(values: Tensor, target: Tensor) -> Tensor:
     ordered, order = values.sort()
     upper = torch.searchsorted(ordered, target).clamp(1, max(values.numel() - 1, 1))
     if values.numel() == 1:
-        return torch.ones_like(target).unsqueeze(-1)
+        return torch.where(target.isnan(), target, 1.0).unsqueeze(-1)
     low, high = ordered[upper - 1], ordered[upper]
     share = ((target - low) / (high - low)).clamp(0, 1)
     mass = target.new_zeros(target.shape[0], values.numel())
@@ -170,8 +175,8 @@ def _candidates(
     ids: Tensor | Sequence[int], values: Tensor | Sequence[float], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Candidates as int64 [C] and ``dtype`` [C]."""
-    ids = ids if isinstance(ids, Tensor) else torch.tensor(ids, device=device)
-    values = values if isinstance(values, Tensor) else torch.tensor(values, device=device, dtype=dtype)
+    ids = _column("candidate_ids", ids, "integers", device, None)
+    values = _column("candidate_values", values, "numbers", device, dtype)
     if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 1 or ids.numel() == 0:
         raise (TypeError if ids.numel() and ids.ndim == 1 else ValueError)(
             f"candidate_ids must be a non-empty [C] tensor or sequence of integers, got {ids.dtype} {tuple(ids.shape)}"
@@ -181,6 +186,18 @@ def _candidates(
     if values.shape != ids.shape:
         raise ValueError(f"candidate_values must have shape {tuple(ids.shape)}, got {tuple(values.shape)}")
     return ids.to(torch.int64), values.detach().to(dtype)
+
+
+def _column(name: str, value: object, kind: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """A tensor as it is, a sequence (or NumPy array) of numbers as one."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (str, bytes)) or not (isinstance(value, Sequence) or hasattr(value, "__array__")):
+        raise TypeError(f"{name} must be a [C] tensor or sequence of {kind}, got {type(value).__name__}")
+    try:
+        return torch.tensor(value, device=device, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} must be a [C] tensor or sequence of {kind}, got {value!r}") from error
 
 
 def _check_candidates(ids: Tensor, values: Tensor, vocab: int) -> None:

@@ -15,6 +15,7 @@ from caop_fast.losses.rows import (
     block_gradient,
     block_statistics,
     join_statistics,
+    renormalised,
     resolve_backend,
     row_blocks,
     take,
@@ -45,6 +46,12 @@ def distillation_loss(
     ``student_logits``, in any mix, once; the teacher never is. No shift is applied: ``logits[i]`` and ``labels[i]``
     speak of the same token. The memory beyond inputs and the gradient is a few small blocks of rows.
 
+    A token that one side excludes (-inf) and the other allows, however improbable, makes the KL that weighs it by the
+    other side +inf; one that both exclude contributes 0. Finite masks such as ``finfo.min`` count as -inf: whatever
+    lies 2**64 (log2 units) or more below the other side's logit does, so anything above 2**64 is reported as +inf.
+
+    ``torch.compile`` works with graph breaks; ``fullgraph=True`` is not supported yet.
+
     Args:
         student_logits: [..., V_s] float32, bfloat16, float16 or float64; any leading shape, N tokens in all.
         teacher_logits: [..., V_t], same leading shape; the dtype may differ.
@@ -59,7 +66,8 @@ def distillation_loss(
         teacher_softcap: the same for the teacher.
         vocab_size: compare only the first ids; needed where V_s and V_t differ. Columns past it get gradient 0.
         reduction: "mean" = sum(w D)/sum(w) (0 when all weights are 0), "sum", or "none" (w D per token).
-        inplace: the backward writes the gradient over ``student_logits`` (not a leaf); a second one is an error.
+        inplace: the backward writes the gradient over ``student_logits`` (not a leaf, nor a view of one); a second
+            backward is an error.
         backend: "torch", "triton", or "auto" (Triton on GPUs where it is installed). With Triton the statistics of a
             row come from one kernel; the gradient, and for 0 < beta < 1 the divergence, from the PyTorch code.
         validate: check values of tensors (labels, weights, beta), which makes the host wait for a GPU; None does so
@@ -102,8 +110,13 @@ def distillation_loss(
         teacher_softcap=checks.positive("teacher_softcap", teacher_softcap, optional=True),
     )
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    if checks.flag("inplace", inplace) and student_logits.requires_grad and student_logits.is_leaf:
-        raise ValueError("inplace=True would overwrite student_logits, a leaf that requires grad; pass inplace=False")
+    if checks.flag("inplace", inplace) and student_logits.requires_grad:
+        owner = student_logits if student_logits._base is None else student_logits._base
+        if owner.is_leaf and owner.requires_grad:
+            what = "a leaf" if owner is student_logits else "a view of a leaf"
+            raise ValueError(
+                f"inplace=True would overwrite student_logits, {what} that requires grad; pass inplace=False"
+            )
     chosen = resolve_backend(backend, device)
 
     student = student_logits.reshape(-1, student_logits.shape[-1])
@@ -197,7 +210,8 @@ class _Rows(torch.autograd.Function):
         statistics = join_statistics(found)
         beta = options.beta if isinstance(options.beta, Tensor) else None
         ctx.save_for_backward(student, teacher, labels, live, dead, beta, *statistics)
-        ctx.settings = (options._replace(beta=None) if beta is not None else options, vocab, dtype, inplace, careful)
+        fixed = options if beta is None else options._replace(beta=None)
+        ctx.settings = (fixed, vocab, dtype, inplace, careful, backend)
         ctx.consumed = False
         outputs = [
             spread(column, student.shape[0], live, dead)
@@ -223,7 +237,7 @@ class _Rows(torch.autograd.Function):
                 "inplace=True: the first backward wrote its gradient over student_logits; use inplace=False"
             )
         student, teacher, labels, live, dead, beta, *columns = ctx.saved_tensors
-        options, vocab, dtype, inplace, careful = ctx.settings
+        options, vocab, dtype, inplace, careful, backend = ctx.settings
         nothing = (None,) * 10
         upstream = {"d_divergence": d_divergence, "d_logprob": d_logprob, "d_entropy": d_entropy}
         upstream = {k: v.to(dtype).view(-1, 1) / options.temperature for k, v in upstream.items() if v is not None}
@@ -252,6 +266,8 @@ class _Rows(torch.autograd.Function):
                 consume=isinstance(rows, Tensor),
                 slope=options.student_softcap is not None,
             )
+            if backend == "triton":
+                known = renormalised(block, known)
             gradient[rows, :vocab] = block_gradient(
                 block,
                 known,

@@ -91,7 +91,8 @@ def linear_distillation_loss(
 
     Dtypes: a GEMM multiplies operands of the promoted dtype of hidden states and weight (under ``torch.autocast``, its
     dtype, float64 excepted, as ``torch.nn.Linear`` would) and returns ``logits_dtype``; the weight gradient is
-    accumulated in float32 and rounded once, to the dtype of the weight.
+    accumulated in float32 and rounded once, to the dtype of the weight. A head narrower than its operands is widened
+    block by block. ``torch.compile`` works with graph breaks; ``fullgraph=True`` is not supported yet.
 
     Args:
         student_hidden: [..., H_s] float32, bfloat16, float16 or float64; N tokens in all.
@@ -216,6 +217,8 @@ def linear_distillation_loss(
 
 
 def _check_head(side: str, hidden: Tensor, weight: Any, bias: Any) -> None:
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"{side}_hidden must have at least one feature, got shape {tuple(hidden.shape)}")
     checks.floating_tensor(f"{side}_weight", weight, ndim=2)
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(

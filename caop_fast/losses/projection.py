@@ -2,7 +2,8 @@
 
 Logits come out of the GEMM in float32 by default: near a divergence of 0.02, rounding them to bfloat16 costs 23 % of
 the gradient. CUDA has GEMMs that keep their float32 accumulator (``torch.mm(..., out_dtype=torch.float32)``); elsewhere
-a bfloat16 or float16 head is widened block by block, so that no float32 copy of it ever exists as a whole.
+a bfloat16 or float16 head is widened block by block, so that no float32 copy of it ever exists as a whole. The same
+goes for a head narrower than the hidden states it meets.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def make_head(
 ) -> Head:
     """The head over the first ``vocab`` ids, detached, in the dtype its GEMMs take unless it is widened in blocks."""
     weight = weight.detach()[:vocab]
-    if not widens(weight.device, operand, result):
+    if not widens(weight.device, operand, result) and weight.dtype.itemsize >= operand.itemsize:
         weight = weight.to(operand)
     return Head(weight, None if bias is None else bias.detach()[:vocab].to(result), scale, operand, result)
 
@@ -56,13 +57,13 @@ def head_blocks(head: Head) -> Iterator[tuple[slice, Tensor]]:
     """The head as its GEMMs take it: whole, or widened in blocks of rows."""
     weight = head.weight
     vocab, hidden = weight.shape
-    if not widens(weight.device, head.operand, head.result):
+    if weight.dtype == head.operand and not widens(weight.device, head.operand, head.result):
         yield slice(0, vocab), weight
         return
     height = max(1, WIDEN_BYTES // (4 * max(hidden, 1)))
     for start in range(0, vocab, height):
         rows = slice(start, min(start + height, vocab))
-        yield rows, weight[rows].to(head.operand).to(head.result)
+        yield rows, weight[rows].to(head.operand).to(head.result)  # the operand's rounding is part of the result
 
 
 def logits(hidden: Tensor, head: Head) -> Tensor:

@@ -23,8 +23,10 @@ With a = z_s/T and b = z_t/T the tempered logits of a row, p_s = softmax(a), p_t
 Where the distributions are close x and lr are small numbers with small rounding errors, so a KL of 1e-6 keeps its
 leading digits in float32; the textbook difference of two cross entropies (each near log V) would lose them all.
 
-**Minus infinity.** A logit of -inf is an impossible token: it adds nothing where the probability that weighs it is 0
-(also when both sides are -inf), and makes the divergence +inf where it is not.
+**Minus infinity.** A logit of -inf is an impossible token. A column that both sides exclude adds nothing; one that only
+one side excludes makes the KL that weighs it by the other side +inf, also where that probability underflows to 0. The
+same goes for finite masks, as in the Triton kernel: u below -2**100 counts as excluded, and so does a logit that lies
+more than 2**64 octaves below the other side's. No finite divergence is larger than that.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ import torch
 from torch import Tensor
 
 from caop_fast.losses.checks import IGNORE_LABEL
+
+EXCLUDED = -(2.0**100)  # where u stands for "impossible": finite, so that two such columns differ by 0
+SUPPORT_GAP = math.log(2) * 2.0**64  # a larger |u_t - u_s| means that only one side allows the column
 
 
 class Options(NamedTuple):
@@ -133,7 +138,7 @@ def open_block(
     return Block(a, a.exp(), b, b.exp(), derivative), student_shift, teacher_shift
 
 
-def weighted_sum(e: Tensor, values: Tensor, careful: bool) -> Tensor:
+def weighted_sum(e: Tensor, values: Tensor, careful: bool = False) -> Tensor:
     """sum e * values over each row, [R, 1]; ``careful``: a term of e = 0 is 0 whatever its value."""
     terms = e * values
     if careful:
@@ -141,15 +146,32 @@ def weighted_sum(e: Tensor, values: Tensor, careful: bool) -> Tensor:
     return terms.sum(-1, keepdim=True)
 
 
+def totals(block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """sum e_s, sum e_t and the log of their quotient, [R, 1] each."""
+    zs, zt = block.student_e.sum(-1, keepdim=True), block.teacher_e.sum(-1, keepdim=True)
+    log_zs, log_zt = zs.log(), zt.log()
+    difference = (block.student_e - block.teacher_e).sum(-1, keepdim=True)
+    log_ratio = torch.where(difference.abs() <= zt / 2, (difference / zt).log1p(), log_zs - log_zt)
+    return zs, zt, log_ratio
+
+
+def needs_care(block: Block) -> bool:
+    """Whether -inf, NaN or masks are among the logits. Always on accelerators: to look would make the host wait."""
+    if block.student_u.device.type != "cpu":
+        return True
+    if block.student_u.numel() == 0:
+        return False
+    lowest = torch.minimum(block.student_u.amin(), block.teacher_u.amin())
+    return not float(lowest) > -SUPPORT_GAP / 2  # NaN compares false
+
+
 def row_statistics(
     block: Block, shifts: tuple[Tensor, Tensor], labels: Tensor | None, options: Options, *, careful: bool
 ) -> RowStatistics:
-    """Statistics of each row of a block. ``careful`` is needed only where logits hold -inf."""
+    """Statistics of each row of a block. ``careful``: as ``needs_care`` says."""
     us, es, ut, et, _ = block
-    zs, zt = es.sum(-1, keepdim=True), et.sum(-1, keepdim=True)
-    difference = (es - et).sum(-1, keepdim=True)
+    zs, zt, log_ratio = totals(block)
     log_zs, log_zt = zs.log(), zt.log()
-    log_ratio = torch.where(difference.abs() <= zt / 2, (difference / zt).log1p(), log_zs - log_zt)
     divergence, mean_ratio = divergences(block, zs, zt, log_ratio, options, careful)
     return RowStatistics(
         student_shift=shifts[0],
@@ -170,20 +192,31 @@ def divergences(
     block: Block, zs: Tensor, zt: Tensor, log_ratio: Tensor, options: Options, careful: bool
 ) -> tuple[Tensor, Tensor | None]:
     """D(beta) and E_s[R], [R, 1] each. Never negative; NaN stays NaN."""
-    us, es, ut, et, _ = block
+    es, et = block.student_e, block.teacher_e
     if options.interior:
         from_student, from_teacher = mixture_excess(block, log_ratio, options, careful)
-        mean_ratio = -weighted_sum(es, from_student, careful) / zs
-        mean_teacher = -weighted_sum(et, from_teacher, careful) / zt
+        mean_ratio = -weighted_sum(es, from_student) / zs
+        mean_teacher = -weighted_sum(et, from_teacher) / zt
         return (options.beta * mean_teacher + (1 - options.beta) * mean_ratio).clamp_(min=0), mean_ratio
-    x = ut - us
+    x = log_quotient(block, careful)
     forward = reverse = mean_ratio = None
     if isinstance(options.beta, Tensor) or options.beta == 0:
-        forward = (weighted_sum(et, x, careful) / zt + log_ratio).clamp_(min=0)
+        forward = (weighted_sum(et, x) / zt + log_ratio).clamp_(min=0)
+        if careful:
+            forward.masked_fill_(x.amax(-1, keepdim=True) > SUPPORT_GAP, math.inf)
     if isinstance(options.beta, Tensor) or options.beta == 1:
-        mean_ratio = -weighted_sum(es, x, careful) / zs - log_ratio
+        mean_ratio = -weighted_sum(es, x) / zs - log_ratio
+        if careful:
+            mean_ratio.masked_fill_(x.amin(-1, keepdim=True) < -SUPPORT_GAP, math.inf)
         reverse = mean_ratio.clamp(min=0)
     return choose_divergence(options.beta, forward, reverse), mean_ratio
+
+
+def log_quotient(block: Block, careful: bool) -> Tensor:
+    """x = u_t - u_s, [R, V]; ``careful``: finite, 0 where both sides exclude a column and huge where one does."""
+    if not careful:
+        return block.teacher_u - block.student_u
+    return block.teacher_u.clamp(min=EXCLUDED).sub_(block.student_u.clamp(min=EXCLUDED))
 
 
 def choose_divergence(beta: float | Tensor, forward: Tensor | None, reverse: Tensor | None) -> Tensor:
@@ -200,9 +233,7 @@ def mixture_excess(block: Block, log_ratio: Tensor, options: Options, careful: b
     With q = |r| the larger of the two log-probabilities exceeds the other by q, and log m lies above it by
     log1p(share * expm1(-q)), share being the weight of the smaller one in the mixture.
     """
-    r = (block.student_u - block.teacher_u).sub_(log_ratio)
-    if careful:
-        r.masked_fill_((block.student_e == 0) & (block.teacher_e == 0), 0)
+    r = log_quotient(block, careful).neg_().sub_(log_ratio)
     share = (r >= 0).to(r.dtype).mul_(2 * options.beta - 1).add_(1 - options.beta)  # beta or 1 - beta
     above_larger = r.abs().neg_().expm1_().mul_(share).log1p_()
     return above_larger - r.clamp(max=0), above_larger + r.clamp(min=0)

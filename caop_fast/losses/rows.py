@@ -22,8 +22,10 @@ from caop_fast.losses.reference import (
     coefficients,
     divergences,
     logit_gradient,
+    needs_care,
     open_block,
     row_statistics,
+    totals,
 )
 
 BACKENDS = ("auto", "torch", "triton")
@@ -93,26 +95,29 @@ def block_statistics(
 ) -> tuple[Any, RowStatistics, bool]:
     """The opened block of raw logits [R, V] (with ``keep``, for the gradient), its statistics, and ``careful``.
 
-    The second way through, which -inf needs, is taken on the CPU only where a row asks for it, and always elsewhere:
-    to look would make the host wait for the device.
+    The second way through, which -inf needs, is taken on the CPU only where a block asks for it, and always elsewhere.
     """
     if backend == "triton":
         rows = kernel_statistics(student, teacher, labels, options, dtype)
         if not (keep or options.interior):
             return None, rows, True
         block, *_ = open_block(student, teacher, options, dtype, known=rows, consume=consume, slope=slope)
+        rows = renormalised(block, rows)
         if options.interior:
-            total = rows.student_total
-            divergence, mean_ratio = divergences(block, total, total, rows.log_ratio, options, True)
+            divergence, mean_ratio = divergences(
+                block, rows.student_total, rows.teacher_total, rows.log_ratio, options, True
+            )
             rows = rows._replace(divergence=divergence, mean_ratio=mean_ratio)
         return block, rows, True
     block, *shifts = open_block(student, teacher, options, dtype, consume=consume, slope=slope)
-    careful = student.device.type != "cpu"
-    rows = row_statistics(block, tuple(shifts), labels, options, careful=careful)
-    if not careful and not math.isfinite(float((rows.student_entropy + rows.teacher_entropy).sum())):
-        careful = True
-        rows = row_statistics(block, tuple(shifts), labels, options, careful=True)
-    return block, rows, careful
+    careful = needs_care(block)
+    return block, row_statistics(block, tuple(shifts), labels, options, careful=careful), careful
+
+
+def renormalised(block: Any, rows: RowStatistics) -> RowStatistics:
+    """The totals taken again from the block: the kernel's lse, as a shift, is rounded at the size of the logits."""
+    total, teacher_total, log_ratio = totals(block)
+    return rows._replace(student_total=total, teacher_total=teacher_total, log_ratio=log_ratio)
 
 
 def kernel_statistics(

@@ -42,7 +42,7 @@ def check_logits(student: torch.Tensor, teacher: torch.Tensor, vocab_size: int |
 
 
 def check_labels(labels: torch.Tensor | None, logits: torch.Tensor) -> None:
-    """Labels are None or a contiguous int64 [N] tensor on the device of the logits; their values are not looked at."""
+    """Labels are None or an int64 [N] tensor (any stride) on the device of the logits; their values are not read."""
     if labels is None:
         return
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:

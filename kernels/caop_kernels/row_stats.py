@@ -315,8 +315,8 @@ def row_statistics(
     Args:
         student_logits: [N, V_s], float32, bfloat16, float16 or float64; unit column stride, any row stride.
         teacher_logits: [N, V_t], likewise; the dtypes may differ.
-        labels: [N] int64, or None. -100 gives log-probability 0; any other value outside [0, V) gives NaN in that row
-            and reads nothing.
+        labels: [N] int64 of any stride, or None. -100 gives log-probability 0; any other value outside [0, V) gives NaN
+            in that row and reads nothing.
         temperature: > 0; logits are divided by it, after the softcap.
         student_softcap: c > 0 replaces z by c * tanh(z / c); None leaves z.
         teacher_softcap: likewise.
@@ -336,6 +336,7 @@ def row_statistics(
     check_positive("student_softcap", student_softcap, optional=True)
     check_positive("teacher_softcap", teacher_softcap, optional=True)
     asked = set(statistics)
+    labels = None if labels is None else labels.contiguous()  # the kernel reads them by row number
     if not asked or not asked <= set(STATISTICS):
         raise ValueError(f"statistics must name one or more of {STATISTICS}, got {tuple(statistics)!r}")
     require(student_logits.device)

@@ -1,20 +1,25 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 
 from caop_fast.calibration import calibration_metrics
 from caop_fast.cli import main
+from caop_fast.demo.arms import ArmJob
 from caop_fast.demo.base import BaseConfig
-from caop_fast.demo.run import ALL_ARMS, DemoConfig, prepare_folder, run_demo
+from caop_fast.demo.run import ALL_ARMS, DemoConfig, _arm_process, prepare_folder, run_demo
 from caop_fast.training import TrainConfig
 from caop_fast.training.checkpoint import load_checkpoint
 
@@ -145,7 +150,9 @@ def group_ends(group: int, seconds: float = 20.0) -> bool:
     return False
 
 
-def test_ctrl_c_leaves_checkpoints_and_no_process_behind(tmp_path):
+@contextlib.contextmanager
+def two_arms_at_work(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, list[Path]]]:
+    """A demo in a process group of its own, once both its arms have saved; with the arms' checkpoints."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(out=str(tmp_path / "run")))
     process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE)
@@ -156,11 +163,174 @@ def test_ctrl_c_leaves_checkpoints_and_no_process_behind(tmp_path):
             assert process.poll() is None, process.stderr.read().decode()
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        yield process, checkpoints
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_ctrl_c_leaves_checkpoints_and_no_process_behind(tmp_path):
+    with two_arms_at_work(tmp_path) as (process, checkpoints):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
         assert process.wait(timeout=60) != 0
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert group_ends(process.pid), "processes were left behind"
+        assert group_ends(process.pid), "processes were left behind"
     assert all(load_checkpoint(c)["step"] >= 1 for c in checkpoints)
     assert (tmp_path / "run" / "base" / "model.safetensors").exists()
+
+
+def test_arms_whose_parent_is_killed_save_and_end_and_keep_the_folder_until_then(tmp_path):
+    with two_arms_at_work(tmp_path) as (process, checkpoints):
+        with pytest.raises(ValueError, match=r"out='.*run' is in use by another demo"):
+            run_demo(config(tmp_path / "run", seed=1))
+        assert not (tmp_path / "run.1").exists()
+        arm_locks = [c.with_name(".lock") for c in checkpoints]
+        for lock in arm_locks:
+            with pytest.raises(Timeout):
+                FileLock(lock, timeout=0).acquire()
+        process.terminate()
+        assert process.wait(timeout=60) == -signal.SIGTERM
+        assert group_ends(process.pid), "arms go on without their parent"
+    assert all(load_checkpoint(c)["step"] >= 1 for c in checkpoints)
+    for lock in arm_locks:
+        FileLock(lock, timeout=0).acquire()
+
+
+HOLDER = (
+    "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read()"
+)
+
+
+@pytest.mark.parametrize("lock", [".run.lock", "run/arms/opd/.lock"])
+def test_a_folder_in_use_is_refused_untouched_and_a_lock_left_behind_is_none(lock, tmp_path, monkeypatch):
+    done = config(tmp_path / "run")
+    prepare_folder(done)
+    (done.out / "arms" / "opd").mkdir(parents=True)
+    (done.out / "summary.json").write_text("{}")  # the next run would move it
+    monkeypatch.setattr("caop_fast.demo.run.STOP_SECONDS", 0.2)
+    monkeypatch.setattr("caop_fast.demo.run._train_base", lambda config, task, progress: 1 / 0)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout.readline()
+        (tmp_path / "link").symlink_to(done.out)
+        for out in (done.out, tmp_path / "run" / ".." / "run", tmp_path / "link"):  # all the same folder
+            with pytest.raises(ValueError, match="is in use by another demo"):
+                run_demo(config(out))
+        assert not (tmp_path / "run.1").exists()
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert (tmp_path / lock).exists()
+    for _ in range(2):  # a run that fails lets go of its lock
+        with pytest.raises(ZeroDivisionError):
+            run_demo(done)
+    assert (tmp_path / "run.1" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["link", "."])
+def test_a_folder_by_another_name_is_moved_itself(name, tmp_path, monkeypatch):
+    done = config(tmp_path / "run")
+    prepare_folder(done)
+    (done.out / "summary.json").write_text("{}")
+    (tmp_path / "link").symlink_to(done.out)
+    monkeypatch.setattr("caop_fast.demo.run._train_base", lambda config, task, progress: 1 / 0)
+    monkeypatch.chdir(tmp_path if name == "link" else done.out)
+    with pytest.raises(ZeroDivisionError):
+        run_demo(config(Path(name)))
+    assert (tmp_path / "run.1" / "summary.json").exists()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "run" / "run.json").exists()
+
+
+class TestArmProcess:
+    @pytest.fixture
+    def ended(self, tmp_path, monkeypatch):
+        """Run an arm's process in this one: (its work, whether the parent lives, whether to stop) -> its messages."""
+
+        def run(work, *, parent_lives=True, stopped=False):
+            parent = types.SimpleNamespace(is_alive=lambda: parent_lives)
+            monkeypatch.setattr("multiprocessing.parent_process", lambda: parent)
+            monkeypatch.setattr("caop_fast.demo.run.run_arm", work)
+            sent = []
+            messages = types.SimpleNamespace(put=sent.append, cancel_join_thread=lambda: None)
+            stop = types.SimpleNamespace(is_set=lambda: stopped)
+            job = ArmJob(name="opd", task="pronounce", seed=0, folder=tmp_path, train=TRAIN)
+            previous = signal.getsignal(signal.SIGINT)
+            try:
+                _arm_process(job, messages, stop)
+            finally:
+                signal.signal(signal.SIGINT, previous)
+            return sent
+
+        return run
+
+    @pytest.mark.parametrize("told", [{"parent_lives": False}, {"stopped": True}])
+    def test_it_does_not_start_when_its_parent_is_gone_or_stopping(self, told, ended):
+        """It may come to life after its parent died; a successor may then be at work in the folder."""
+        with pytest.raises(SystemExit) as exit_:
+            ended(lambda job, report: pytest.fail("started"), **told)
+        assert exit_.value.code == 130, "an arm that ended without its result must not look done"
+
+    def test_ctrl_c_is_left_to_the_parent(self, ended):
+        def work(job, report):
+            signal.raise_signal(signal.SIGINT)
+            report("evaluate", 1)
+
+        assert ended(work) == [("opd", "evaluate", 1), ("opd", "done", None)]
+
+    def test_a_failure_is_sent_as_text(self, ended):
+        (message,) = ended(lambda job, report: 1 / 0)
+        assert message[:2] == ("opd", "failed")
+        assert "ZeroDivisionError" in message[2]
+
+
+class TestCommand:
+    def test_a_file_is_no_folder(self, tmp_path, capsys):
+        (tmp_path / "notes").write_text("mine")
+        for out in (tmp_path / "notes", tmp_path / "notes" / "run"):
+            assert main(["demo", "--out", str(out)]) == 2
+            assert str(tmp_path / "notes") in capsys.readouterr().err
+        assert (tmp_path / "notes").read_text() == "mine"
+
+    @pytest.mark.parametrize("content", [b'{"task": ', b"\xff\xfe{"])
+    def test_a_broken_record_is_named_and_nothing_moved(self, content, tmp_path, capsys):
+        record = tmp_path / "run" / "run.json"
+        record.parent.mkdir()
+        record.write_bytes(content)
+        assert main(["demo", "--out", str(record.parent)]) == 2
+        error = capsys.readouterr().err
+        assert f"{record} is broken" in error
+        assert error.count("\n") == 1
+        assert record.read_bytes() == content
+
+    def test_bad_seeds_are_refused(self, tmp_path, capsys):
+        assert main(["demo", "--seed", "-1", "--out", str(tmp_path / "run")]) == 2
+        assert "seed must lie in" in capsys.readouterr().err
+
+    def test_a_failed_arm_is_told_with_its_own_traceback(self, tmp_path, capsys, monkeypatch):
+        out = tmp_path / "run"
+        monkeypatch.setattr("caop_fast.demo.run.DemoConfig", lambda **told: config(tmp_path / "run", arms=("opd",)))
+        prepare_folder(config(out))
+        (out / "base").mkdir()  # no model in it: the arm cannot load it
+        assert main(["demo", "--out", str(out)]) == 1
+        error = capsys.readouterr().err
+        assert "caop-fast demo: arm opd failed:\nTraceback" in error
+        assert "run_arm" in error
+        assert "_run_arms" not in error, "the parent's own frames say nothing"
+
+    def test_a_closed_pipe_ends_without_a_traceback(self, tmp_path):
+        code = (
+            "import sys, caop_fast.demo.run as r, caop_fast.demo.page as p; from caop_fast.cli import main\n"
+            "r.run_demo = lambda config: {'seconds': 1.0}; p.demo_table = p.demo_verdict = lambda s: 'x' * 100\n"
+            "sys.exit(main(['demo']))"
+        )
+        read, write = os.pipe()
+        os.close(read)
+        try:
+            done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, check=False)
+        finally:
+            os.close(write)
+        assert done.returncode == 141
+        assert done.stderr == b""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from caop_fast import distillation_loss
+from caop_fast.losses import checks
 
 N, V = 4, 7
 
@@ -60,6 +61,13 @@ def test_bad_input(change, error, words):
     arguments = {"student_logits": torch.zeros(N, V), "teacher_logits": torch.zeros(N, V)}
     with pytest.raises(error, match=words):
         distillation_loss(**{**arguments, **change})
+
+
+def test_values_are_checked_where_it_costs_no_synchronisation():
+    assert checks.checks_values(None, torch.device("cuda")) is False
+    assert checks.checks_values(None, torch.device("cpu")) is True
+    assert checks.checks_values(True, torch.device("cuda")) is True
+    assert checks.checks_values(False, torch.device("cpu")) is False
 
 
 def test_boolean_and_integer_weights_are_masks():

@@ -120,12 +120,75 @@ def test_impossible_candidate_and_target_beyond_the_values():
     torch.testing.assert_close(one.expected, torch.tensor([0.2, 0.2]))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_changes_nothing(kind, dtype):
+    logits, target = make(dtype=dtype)
+    results = []
+    for enabled in (False, True):
+        leaf = logits.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = confidence_loss(leaf, IDS, VALUES, target, kind=kind, reduction="none")
+            total = sum(field.double().sum() for field in out)
+        total.backward()
+        results.append((*(t.detach() for t in out), leaf.grad))
+    for plain, cast in zip(*results, strict=True):
+        assert plain.dtype == cast.dtype
+        assert torch.equal(plain, cast)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("candidates", [5, 1])
+def test_an_unvalidated_target_of_nan_gives_nan_in_its_row(kind, candidates):
+    logits, target = make()
+    target[1] = math.nan
+    logits.requires_grad_()
+    out = confidence_loss(
+        logits, IDS[:candidates], VALUES[:candidates], target, kind=kind, reduction="none", validate=False
+    )
+    assert out.loss.isnan().tolist() == [False, True, False, False, False, False]
+    assert out.expected.isfinite().all()
+
+
+@pytest.mark.parametrize("ids", [[1, 12], [1, 2**40], [-1, 3], [-100, 3], [-(2**63), 2**63 - 1]])
+def test_unvalidated_candidates_outside_the_vocabulary_give_nan(ids):
+    logits, target = make()
+    logits.requires_grad_()
+    out = confidence_loss(logits, ids, [0.0, 1.0], target, reduction="none", validate=False)
+    for field in (out.loss, out.expected, out.variance, out.outside_mass):
+        assert field.isnan().all()
+    out.loss.sum().backward()
+    assert logits.grad.shape == logits.shape
+    past = confidence_loss(logits, [1, 10], [0.0, 1.0], target, reduction="none", vocab_size=10, validate=False)
+    assert past.loss.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [1e-6, 1e-7, 1e-8, 1e-12, 1e-300])
+def test_any_eps_is_finite(eps, dtype):
+    """In float32 1 - 1e-8 is 1, whose complement has no logarithm."""
+    logits = torch.tensor([[-60.0, 0, 60], [60, 0, -60], [60, 0, -60], [-60, 0, 60], [1, 0, 2]]).to(dtype)
+    target = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.5], dtype=dtype)
+    logits.requires_grad_()
+    out = confidence_loss(
+        logits, [0, 2], [0.0, 1.0], target, kind="bernoulli_nll", eps=eps, outside_weight=0, reduction="none"
+    )
+    out.loss.sum().backward()
+    assert out.loss.isfinite().all()
+    assert logits.grad.isfinite().all()
+    assert (out.loss[:2] < 2e-6).all()
+    wrong = min(120, -math.log(max(eps, torch.finfo(dtype).tiny)))  # logits 120 apart, or the clip
+    torch.testing.assert_close(out.loss[2:4].detach(), torch.full((2,), wrong, dtype=dtype), rtol=1e-5, atol=0)
+
+
 def test_shapes_and_reductions():
     logits, target = make()
     flat = confidence_loss(logits, IDS, VALUES, target, reduction="none")
     shaped = confidence_loss(logits.view(2, 3, 12), torch.tensor(IDS), torch.tensor(VALUES), target.view(2, 3))
     assert shaped.expected.shape == (2, 3)
     torch.testing.assert_close(shaped.loss, flat.loss.mean())
+    arrays = confidence_loss(logits, torch.tensor(IDS).numpy(), tuple(VALUES), target)
+    assert torch.equal(arrays.loss, confidence_loss(logits, IDS, VALUES, target).loss)
     empty = confidence_loss(logits[:0].requires_grad_(), IDS, VALUES, target[:0])
     assert empty.loss == 0
     empty.loss.backward()
@@ -138,6 +201,13 @@ def test_shapes_and_reductions():
         ({"candidate_ids": [1, 1, 2, 3, 4]}, ValueError, "candidate_ids.*distinct"),
         ({"candidate_ids": [1.0] * 5}, TypeError, "candidate_ids"),
         ({"candidate_ids": []}, ValueError, "candidate_ids"),
+        ({"candidate_ids": None}, TypeError, "candidate_ids.*NoneType"),
+        ({"candidate_ids": ["a", "b"]}, TypeError, "candidate_ids.*'a'"),
+        ({"candidate_ids": [2**70]}, TypeError, "candidate_ids"),
+        ({"candidate_ids": [[1], [2, 3]]}, TypeError, "candidate_ids"),
+        ({"candidate_values": "abc"}, TypeError, "candidate_values.*str"),
+        ({"candidate_values": 0.5}, TypeError, "candidate_values.*float"),
+        ({"candidate_values": ["0", "1", "2", "3", "4"]}, TypeError, "candidate_values"),
         ({"candidate_values": [0.5] * 5}, ValueError, "candidate_values.*distinct"),
         ({"candidate_values": [0.0, 0.1, 0.2, 0.3, 1.2]}, ValueError, r"candidate_values.*\[0, 1\]"),
         ({"candidate_values": [0.0, 1.0]}, ValueError, "candidate_values.*shape"),

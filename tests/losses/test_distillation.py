@@ -9,6 +9,8 @@ import torch
 from oracle import pairwise, plain, statistics, weighted_mean
 
 from caop_fast import distillation_loss
+from caop_fast.losses import rows
+from caop_fast.losses.reference import Options, needs_care, open_block
 
 NAMES = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5, torch.float64: 1e-12}
@@ -288,8 +290,59 @@ def test_inplace_writes_the_gradient_over_the_logits():
     assert torch.equal(logits.detach(), reference.grad)
     with pytest.raises(RuntimeError, match="the first backward wrote"):
         out.loss.backward()
-    with pytest.raises(ValueError, match="leaf"):
+    with pytest.raises(ValueError, match="a leaf that requires grad"):
         distillation_loss(leaf, teacher, inplace=True)
+
+
+@pytest.mark.parametrize("view", ["view", "slice", "view of a view", "transpose"])
+def test_inplace_refuses_a_view_of_a_leaf(view):
+    """Its memory is the parameter's own: the backward would overwrite it without autograd noticing."""
+    leaf = torch.nn.Parameter(torch.randn(4, 3, 5))
+    student = {
+        "view": lambda: leaf.view(12, 5),
+        "slice": lambda: leaf[:, :2],
+        "view of a view": lambda: leaf.view(12, 5)[1:],
+        "transpose": lambda: leaf.transpose(0, 1),
+    }[view]()
+    before = leaf.detach().clone()
+    with pytest.raises(ValueError, match="student_logits, a view of a leaf that requires grad"):
+        distillation_loss(student, torch.zeros_like(student), inplace=True)
+    assert torch.equal(leaf.detach(), before)
+    computed = (leaf * 1.0).view(12, 5)  # a view of something computed is fine
+    distillation_loss(computed, torch.zeros(12, 5), inplace=True).loss.backward()
+    assert torch.equal(leaf.detach(), before)
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0, "tensor"])
+def test_the_careful_way_is_the_same_where_nothing_is_excluded(monkeypatch, beta):
+    """What accelerators always take, the CPU only where a logit asks for it."""
+    student, teacher, labels = make(6, 40)
+    chosen = torch.tensor([0.0, 1, 1, 0, 1, 0]) if beta == "tensor" else beta
+    results = []
+    for care in (False, True):
+        calls = []
+        monkeypatch.setattr(rows, "needs_care", lambda block, care=care, calls=calls: calls.append(block) or care)
+        leaf = student.clone().requires_grad_()
+        out = distillation_loss(leaf, teacher, labels, beta=chosen)
+        (out.loss + 0.3 * out.student_logprob.sum() + 0.2 * out.student_entropy.sum()).backward()
+        assert calls
+        results.append((*(t.detach() for t in out), leaf.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_care_is_taken_where_it_is_needed():
+    def block(*logits, device="cpu"):
+        student = torch.tensor([logits], device=device)
+        return open_block(student, torch.zeros_like(student), Options(), torch.float32)[0]
+
+    assert not needs_care(block(0.0, 1e4, -1e4))
+    assert needs_care(block(0.0, -math.inf, 1.0))
+    assert needs_care(block(0.0, math.nan, 1.0))
+    assert needs_care(block(0.0, math.inf, 1.0))
+    assert needs_care(block(0.0, torch.finfo(torch.float32).min, 1.0))
+    assert needs_care(block(-math.inf, -math.inf))
+    assert needs_care(block(0.0, 1.0, device="meta"))  # an accelerator: yes, without reading anything
 
 
 def test_retained_graph_and_double_backward():
@@ -319,8 +372,6 @@ def test_teacher_and_weights_receive_nothing():
 
 
 def test_block_borders_change_nothing(monkeypatch):
-    from caop_fast.losses import rows
-
     student, teacher, labels = make(13, 50)
     weights = torch.ones(13)
     weights[4] = 0

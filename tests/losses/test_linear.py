@@ -211,6 +211,17 @@ def test_autocast_rounds_the_operands_and_nothing_else():
     torch.testing.assert_close(out.divergence, want.divergence, rtol=1e-6, atol=1e-6)
     out.loss.backward()
     assert h_s.grad.dtype == w_s.grad.dtype == torch.float32
+    # The same in eager float32 on operands rounded beforehand: the products of the gradient stay in float32 as well.
+    rounded = [t.detach().bfloat16().float() for t in (h_s, w_s, h_t, w_t)]
+    eager = [t.requires_grad_() for t in rounded[:2]]
+    linear_distillation_loss(*rounded, labels).loss.backward()
+    torch.testing.assert_close(h_s.grad, eager[0].grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(w_s.grad, eager[1].grad, rtol=1e-5, atol=1e-7)
+    truth = [t.detach().double().requires_grad_() for t in rounded[:2]]
+    teacher = rounded[2].double() @ rounded[3].double().t()
+    statistics(truth[0] @ truth[1].t(), teacher, labels)[0].mean().backward()
+    for leaf, want in zip((h_s, w_s), truth, strict=True):
+        assert (leaf.grad.double() - want.grad).norm() < 1e-5 * want.grad.norm()
     mixed = linear_distillation_loss(h_s.detach().bfloat16(), w_s, h_t, w_t)  # no autocast: dtypes are promoted
     assert mixed.loss.isfinite()
 
@@ -240,10 +251,12 @@ def test_the_logits_never_exist_as_a_whole(monkeypatch):
     assert max(itertools.accumulate(sizes)) < logits  # one side's logits; plain PyTorch holds about five of them
 
 
-def test_the_head_is_never_widened_as_a_whole(monkeypatch):
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_head_is_never_widened_as_a_whole(monkeypatch, hidden_dtype):
     vocab, hidden = 4096, 256
     monkeypatch.setattr(projection, "WIDEN_BYTES", 1 << 16)
     h_s, w_s, h_t, w_t, labels, _ = make(8, vocab, torch.bfloat16, hidden, hidden)
+    h_s, h_t = h_s.to(hidden_dtype), h_t.to(hidden_dtype)
     h_s.requires_grad_()
     sizes = allocations(lambda: linear_distillation_loss(h_s, w_s, h_t, w_t, labels).loss.backward())
     assert max(itertools.accumulate(sizes)) < vocab * hidden * 4 / 2
@@ -264,6 +277,16 @@ def test_the_head_is_never_widened_as_a_whole(monkeypatch):
         ({"student_weight": torch.zeros(30, 5)}, ValueError, "student_weight"),
         ({"teacher_weight": torch.zeros(31, 16)}, ValueError, "vocab_size=30"),
         ({"teacher_hidden": torch.zeros(9, 16)}, ValueError, "teacher_hidden"),
+        (
+            {"student_hidden": torch.zeros(8, 0), "student_weight": torch.zeros(30, 0)},
+            ValueError,
+            "student_hidden.*feat",
+        ),
+        (
+            {"teacher_hidden": torch.zeros(8, 0), "teacher_weight": torch.zeros(30, 0)},
+            ValueError,
+            "teacher_hidden.*feat",
+        ),
         ({"student_hidden": torch.zeros(8, 24, dtype=torch.int64)}, TypeError, "student_hidden"),
         ({"teacher_weight": torch.zeros(30, 16, device="meta")}, ValueError, "teacher_weight"),
         ({"temperature": 0.0}, ValueError, "temperature"),

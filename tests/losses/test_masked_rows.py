@@ -15,8 +15,8 @@ def run(name, bad):
     g = torch.Generator().manual_seed(0)
     weights = torch.tensor([1.0, 0, 2, 0, 1])
     rows = torch.randn(5, 8, generator=g)
-    rows[weights == 0] = bad
     other, head = torch.randn(5, 8, generator=g), torch.randn(20, 8, generator=g)
+    rows[weights == 0] = other[weights == 0] = bad  # both sides
     leaves = [rows.requires_grad_(), head.requires_grad_()]
     if name == "logits":
         out = distillation_loss(leaves[0], other, weights=weights, beta=0.4)
@@ -26,6 +26,8 @@ def run(name, bad):
         target = torch.tensor([0.2, math.nan, 1, math.nan, 0])
         out = confidence_loss(leaves[0], [1, 3, 5], [0.0, 0.5, 1.0], target, weights=weights)
     out.loss.backward()
+    assert (rows.grad[weights == 0] == 0).all()
+    assert (head.grad is not None) == (name == "linear")  # d_weight is where a row left unmasked would end up
     return [t.detach() for t in (*out, rows.grad, head.grad) if t is not None]
 
 

@@ -42,10 +42,7 @@ def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round a multiply-add once, as GPUs do; the interpreter rounds the product first, which shows at logits of 1e4."""
     if not INTERPRETED:
         return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_fma(self, x, y, z):  # the product of two float32 is exact in float64
-        exact = x.data.astype("float64") * y.data.astype("float64") + z.data.astype("float64")
-        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+    from fused import create_fma
+    from triton.runtime.interpreter import InterpreterBuilder
 
     monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)

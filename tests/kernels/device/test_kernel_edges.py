@@ -131,6 +131,20 @@ def test_strided_rows(device, columns, pad):
     )
 
 
+@pytest.mark.parametrize("kind", ["column of a matrix", "expanded", "every third"])
+def test_strided_labels(device, kind):
+    student, teacher = logits("normal", 4, 1031, torch.float32, device)
+    table = torch.arange(4 * 3, device=device).view(4, 3) * 7
+    labels = {
+        "column of a matrix": table[:, 0],
+        "expanded": torch.tensor([7], device=device).expand(4),
+        "every third": table.t().reshape(-1)[::3],
+    }[kind]
+    assert not labels.is_contiguous()
+    found = caop_kernels.row_statistics(student, teacher, labels)
+    assert_close(found, oracle(student, teacher, labels.clone()))
+
+
 def test_unequal_vocabularies_compare_the_shared_ids(device):
     student, teacher = logits("normal", 3, 1100, torch.float32, device)
     student = student[:, :1040].contiguous()
