@@ -334,3 +334,11 @@ class TestCommand:
             os.close(write)
         assert done.returncode == 141
         assert done.stderr == b""
+
+
+def test_the_command_line_offers_what_there_is():
+    """The names stand there a second time so that ``--help`` need not load torch."""
+    from caop_fast.demo import command, task
+
+    assert command.TASKS == task.TASK_NAMES
+    assert command.ARMS == ALL_ARMS
