@@ -24,8 +24,8 @@ The arms, all from the same base model and the same prompts:
 
 It ends with a table, a verdict in two sentences and one HTML page with pictures. All is kept in the run's folder:
 summary.json, demo.html, the models, and every held-out answer as JSONL that `caop-fast audit` reads.
-Ctrl-C stops it safely; the same command then goes on from there. An earlier finished run is moved aside, never
-overwritten.
+Ctrl-C stops it safely; the same command then goes on from there (an unfinished base model starts again). A run in the
+folder that is finished, or that had other options, is moved aside, never overwritten.
 """
 
 EXAMPLES = """\

@@ -17,9 +17,9 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "pronounce": Recipe(BaseConfig(), TrainConfig(steps=100, learning_rate=5e-4)),
-    # Carrying digits takes more practice than spelling. The arms get more steps, because their confidence is compared with
-    # the truth, and a frozen teacher: one that follows the student for that long can forget how to read its note, and CaOP
-    # then ends as certain as plain distillation.
+    # Carrying digits takes more practice than spelling. The arms get more steps, because their confidence is compared
+    # with the truth, and a frozen teacher: one that follows the student for that long can forget how to read its note,
+    # and CaOP then ends as certain as plain distillation.
     "sums": Recipe(
         BaseConfig(steps=450, bare_per_step=160, example_per_step=64),
         TrainConfig(steps=150, learning_rate=3e-4, ema_rate=0.0),

@@ -136,8 +136,10 @@ def _only_demo_in(out: Path) -> Iterator[None]:
 
     An arm outlives a killed parent by the step it is in, so the arms' own locks are waited for, too.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is not a folder; name an empty or a new one")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)  # an unwritable place must not look like one that is in use
         lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
         lock.acquire()
     except Timeout:
@@ -163,8 +165,6 @@ def prepare_folder(config: DemoConfig) -> Path | None:
     out, recipe = config.out, json.loads(json.dumps(config.recipe()))
     moved = None
     recorded = out / "run.json"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is not a folder; name an empty or a new one")
     if out.exists() and any(out.iterdir()):
         try:
             same = recorded.exists() and json.loads(recorded.read_text(encoding="utf-8")) == recipe

@@ -179,9 +179,22 @@ def test_page_takes_the_form_of_real_metrics_through_json(tmp_path, monkeypatch)
     assert "The control “masked”" in demo_page(written, data, tmp_path).read_text(encoding="utf-8")
 
 
-def test_masked_control_is_named_when_it_does_as_well(tmp_path, monkeypatch) -> None:
+def test_the_masked_control_is_set_beside_caop_by_both_readings(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    near = demo_page(summary(), {}, tmp_path / "a").read_text()
-    far = demo_page(summary(masked=metrics(0.5, 0.95, 0.45)), {}, tmp_path / "b").read_text()
-    assert "does nearly as well in this run" in near
-    assert "is not enough here" in far
+    given = summary(masked=metrics(0.5, 0.95, 0.45))
+    entries = {arm["name"]: arm for arm in given["arms"]}
+    entries["masked"]["expected"], entries["caop"]["expected"] = metrics(0.5, 0.7, 0.222), metrics(0.5, 0.5, 0.033)
+    text = demo_page(given, {}, tmp_path).read_text()
+    assert f"sampled ECE is 0.450 against CaOP&#x27;s {entries['caop']['ece']:.3f}" in text
+    assert "by the expected value 0.222 against 0.033" in text
+
+
+def test_an_unread_answer_counts_as_an_error_in_verdict_and_table() -> None:
+    strict = {"ece_upper": 0.777, "accuracy_all": 0.111, "brier_upper": 0.888, "n_unparsed": 9}
+    given = summary()
+    next(arm for arm in given["arms"] if arm["name"] == "opd").update(strict)
+    assert "to 0.78" in demo_verdict(given)
+    row = next(line for line in demo_table(given).splitlines() if line.startswith("opd"))
+    assert "0.777" in row
+    assert "11.1 %" in row
+    assert "0.888" in row
