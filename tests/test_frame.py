@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -39,13 +40,19 @@ def test_the_kernels_folder_does_not_shadow_the_hubs_kernels_package():
     assert done.returncode == 0
 
 
+def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``make -n``, as if typed in a shell: the variables of a `make` that runs these tests are not passed on."""
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "PYTHON", "PIP_ARGS", "ARGS")
+    env = {name: value for name, value in os.environ.items() if name not in outer}
+    return subprocess.run(["make", "-n", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+
+
 @pytest.mark.parametrize(
     ("target", "extra"), [("demo", "demo"), ("test", "dev"), ("lint", "dev"), ("bench-quick", "dev")]
 )
 def test_make_needs_python_pip_and_make_only(target, extra):
     """From nothing: the environment without ensurepip, a pip put into it by any old pip, then the packages, visibly."""
-    command = ["make", "-n", target, "VENV=does-not-exist", "PIP_ARGS=--extra-index-url=https://example.org"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = dry_run(target, "VENV=does-not-exist", "PIP_ARGS=--extra-index-url=https://example.org")
     lines = [line for line in done.stdout.replace("\\\n", "").splitlines() if not line.startswith("echo")]
     assert lines[0] == "python3 -m venv --without-pip does-not-exist"
     assert lines[1].startswith("target=$(does-not-exist/bin/python -c ")
@@ -66,9 +73,7 @@ def test_an_interrupted_setup_is_repaired(tmp_path):
     for stamped in (False, True):
         if stamped:
             (tmp_path / ".pip-ready").touch()
-        done = subprocess.run(
-            ["make", "-n", "test", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        done = dry_run("test", f"VENV={tmp_path}")
         assert ("-m venv" in done.stdout) is not stamped
         assert ".[dev]" in done.stdout
 
