@@ -30,9 +30,10 @@ ARM_MEANINGS = {
 ACCURACY_CHANGE = 0.02
 CALIBRATION_CHANGE = 0.05
 
+# The glossary speaks of answers that can be read; here accuracy is over all of them.
 UNREAD = (
-    "Accuracy is over all answers. An answer whose confidence cannot be read counts as an error of 1 in ECE and Brier "
-    "here; the pictures show the answers that can be read."
+    "Accuracy is the share of all answers that are right. An answer whose confidence cannot be read counts as an error "
+    "of 1 in ECE and Brier here; the pictures show the answers that can be read."
 )
 
 Answers = Mapping[str, tuple[Any, Any, Any]]
@@ -205,7 +206,7 @@ def demo_page(
                 *measured,
                 *_tables(summary, colors),
                 page.paragraph(UNREAD, note=True),
-                page.glossary((*CALIBRATION_KEYS, *ENTROPY_KEYS, "n_unparsed")),
+                page.glossary((*CALIBRATION_KEYS[1:], *ENTROPY_KEYS, "n_unparsed")),
             ],
         ),
         *([page.Section("Some answers", [_examples(examples, names, colors)])] if examples else []),
