@@ -37,7 +37,7 @@ def test_greedy_equals_the_argmax_of_an_unpadded_forward(model, tokenizer, promp
 def test_samples_follow_the_full_softmax_whatever_the_generation_config_says(model, tokenizer, ids):
     own = model.generation_config
     own.top_k, own.top_p, own.temperature, own.do_sample = 1, 0.1, 0.05, True
-    own.min_p, own.repetition_penalty, own.suppress_tokens = 0.5, 1.5, [5, 6]
+    own.min_p, own.repetition_penalty, own.suppress_tokens = 0.95, 5.0, list(range(8, 30))
     prompt = ids("<bos> a <answer>")
     n, temperature = 4000, 1.7
     rollouts = sample_rollouts(
