@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,8 @@ def verdict(plant: Plant, tree: Path) -> str | None:
 
 def main() -> int:
     """Run the chosen plants; 0 when every one was caught."""
+    # A background job inherits an ignored Ctrl-C, and so would the tests of what Ctrl-C does.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--per-item", type=int, metavar="N", help="only the first N (that match) of each part")
     parser.add_argument("--only", default="", metavar="TEXT", help="only errors whose part or file contains TEXT")
