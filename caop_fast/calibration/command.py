@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -153,6 +154,9 @@ def run(args: argparse.Namespace) -> int:
         **({} if args.arm_field is None else {"arm": (args.arm_field,)}),
     )
     try:
+        absent = _absent_field(args)
+        if absent:
+            return _refuse(absent)
         arms = read_answers(
             args.files, fields, lenient=args.lenient, stdin=sys.stdin.buffer if "-" in args.files else None
         )
@@ -185,6 +189,31 @@ def run(args: argparse.Namespace) -> int:
     return GATE_FAILED if failures else PASSED
 
 
+def _absent_field(args: argparse.Namespace) -> str | None:
+    """A complaint if a field that was named by an option is on no line of a file: a misspelling must be seen."""
+    named = {
+        "--response-field": args.response_field if args.response_field != "response" else None,
+        "--confidence-field": args.confidence_field if args.confidence_field != "confidence" else None,
+        "--id-field": args.id_field,
+        "--arm-field": args.arm_field,
+    }
+    for path in args.files:
+        if path == "-" or not any(named.values()):
+            continue
+        found: set[str] = set()
+        with open(path, "rb") as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # read_answers says what is wrong with it
+                found |= set(record) if isinstance(record, dict) else set()
+        for option, name in named.items():
+            if name is not None and found and name not in found:
+                return f"{option} {name!r}: no line of {path} has that field; there are: {', '.join(sorted(found))}"
+    return None
+
+
 def _refuse(message: str) -> int:
     _print(f"caop-fast audit: error: {message}", error=True)
     return BAD_INPUT
@@ -197,4 +226,7 @@ def _print(text: str, *, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     text = "\n".join(printable(line) for line in text.split("\n"))
-    print(text.encode(encoding, "replace").decode(encoding), file=stream)
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:  # the reader (``| head``) has seen enough: say nothing more, and no traceback either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -216,3 +216,26 @@ def test_prints_on_a_terminal_that_knows_only_ascii(tmp_path) -> None:
     done = blocked_run(HEAVY, str(path), env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert b"\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--confidence-field", "--response-field", "--id-field", "--arm-field"])
+def test_a_named_field_that_no_line_has_is_refused(tmp_path, capsys, option) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"confidence": 0.5, "correct": 1}\n{"confidence": 0.25, "correct": 0}\n')
+    assert run(path, option, "nope") == 2
+    message = capsys.readouterr().err
+    assert f"{option} 'nope'" in message
+    assert "confidence, correct" in message
+
+
+def test_a_reader_that_went_away_is_no_broken_limit(tmp_path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"confidence": 0.5, "correct": 1}\n{"confidence": 0.25, "correct": 0}\n' * 50)
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "caop_fast.cli", "audit", str(path), "--resamples", "10"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
