@@ -61,10 +61,12 @@ def _level_sentence(entry: Mapping[str, Any], level: float) -> str:
     )
     gap_text = f"gap {format_value(gap, 'signed')}{_between(interval, 'signed', level)}"
     noise = f"{name} {ece:.3f}, where sampling noise alone gives about {floor['mean']:.3f}"
+    # A mean that is nearly right says little when the levels are not: ECE is at least |gap|, and here far more.
+    levels = " and far off level by level" if ece > abs(gap) + floor["upper"] + SLIGHT_GAP else ""
     if interval is not None and interval[0] > 0:
-        return f"{_degree(gap, 'over')}: {says} ({gap_text}; {noise})."
+        return f"{_degree(gap, 'over')}{levels}: {says} ({gap_text}; {noise})."
     if interval is not None and interval[1] < 0:
-        return f"{_degree(gap, 'under')}: {says} ({gap_text}; {noise})."
+        return f"{_degree(gap, 'under')}{levels}: {says} ({gap_text}; {noise})."
     if ece <= floor["upper"]:
         return (
             f"Calibrated as far as {metrics['n']:,} answers can tell: {says} ({gap_text}), and its {name} of "

@@ -62,6 +62,14 @@ def test_verdict_slightly() -> None:
     assert only(arm("a", 0.04, n=20_000))["verdict"].startswith("Slightly overconfident on average")
 
 
+def test_a_small_gap_does_not_hide_levels_that_are_far_off() -> None:
+    rng = np.random.default_rng(0)
+    says = rng.random(4000) < 0.55  # certain one way or the other, and right half of the time whatever it says
+    far = Arm("a", (rng.random(4000) < 0.5).astype(float), says.astype(float))
+    assert only(far)["verdict"].startswith("Slightly overconfident on average and far off level by level")
+    assert "level by level" not in only(arm("a", 0.2))["verdict"]
+
+
 def test_verdict_within_the_noise_floor() -> None:
     entry = only(arm("a"))
     assert entry["metrics"]["ece"] <= entry["ece_floor"]["upper"]
