@@ -42,6 +42,7 @@ class Arm:
     groups: [n] hashable prompt ids (answers to one prompt share one), or None when every answer stands alone.
     statuses: how many answers had each parse status; {} when confidences were given as numbers by the caller.
     n_conflicting: answers that state several confidences which differ. n_guessed: answers whose scale was guessed.
+    n_bare_percent: unread answers that `lenient` would read, such as a bare 85.
     unread: the first few answers of which no confidence could be read.
     """
 
@@ -52,6 +53,7 @@ class Arm:
     statuses: Mapping[str, int] = field(default_factory=dict)
     n_conflicting: int = 0
     n_guessed: int = 0
+    n_bare_percent: int = 0
     unread: tuple[Unread, ...] = ()
 
     def __post_init__(self) -> None:
@@ -97,6 +99,7 @@ class _Rows:
     statuses: Counter[str] = field(default_factory=Counter)
     n_conflicting: int = 0
     n_guessed: int = 0
+    n_bare_percent: int = 0
     unread: list[Unread] = field(default_factory=list)
 
 
@@ -139,7 +142,7 @@ def _label(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def _add(record: Mapping[str, Any], rows: _Rows, fields: Fields, lenient: bool, where: str) -> None:
-    text = ""
+    text, bare_percent = "", False
     correct = _correct(record, fields.correct)
     if fields.confidence in record:
         confidence = _stated(record[fields.confidence], fields.confidence)
@@ -152,6 +155,7 @@ def _add(record: Mapping[str, Any], rows: _Rows, fields: Fields, lenient: bool, 
         parsed = parse_confidence(response, lenient=lenient)
         confidence = math.nan if parsed.value is None else parsed.value
         status, conflicting, guessed = parsed.status, bool(parsed.conflicting), bool(parsed.guessed_scale)
+        bare_percent = status == "out_of_range" and parse_confidence(response, lenient=True).status == "ok"
     else:
         raise ValueError(
             f"neither {fields.confidence!r} nor {fields.response!r} (fields: {_shown(sorted(record))}); "
@@ -164,6 +168,7 @@ def _add(record: Mapping[str, Any], rows: _Rows, fields: Fields, lenient: bool, 
     rows.statuses[status] += 1
     rows.n_conflicting += conflicting
     rows.n_guessed += guessed
+    rows.n_bare_percent += bare_percent
     if math.isnan(confidence) and len(rows.unread) < MAX_EXAMPLES:
         rows.unread.append(Unread(where, status, text))
 
@@ -226,6 +231,7 @@ def _arm(name: str | None, rows: _Rows, source: str) -> Arm:
         statuses=dict(rows.statuses),
         n_conflicting=rows.n_conflicting,
         n_guessed=rows.n_guessed,
+        n_bare_percent=rows.n_bare_percent,
         unread=tuple(rows.unread),
     )
 

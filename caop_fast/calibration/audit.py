@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ def audit(
     Returns a dictionary that `json.dumps` takes, with one entry per arm under "arms":
     "metrics" (the keys of `calibration_metrics`, and "auroc_lower": AUROC with every unread answer ranked as badly as
     it can be), "intervals" (percentile bootstrap at `level`, resampling prompts where there are prompt ids),
-    "ece_floor" (what a perfectly calibrated model with these confidences would measure: mean, and quantile at `level`),
+    "max_design_effect" (1 where no prompt has two read answers), "ece_floor" (what a perfectly calibrated model with
+    these confidences and independent answers would measure: mean, and quantile at `level`),
     "constant_baseline" (the metrics of always stating the base rate), "difference" (paired by prompt against the
     baseline), "verdict".
 
@@ -58,9 +60,11 @@ def audit(
                 arm.correct, arm.confidence, groups=arm.groups, metrics=INTERVAL_METRICS, **bins, **resampling
             ),
             "n_prompts": None if arm.groups is None else len(set(arm.groups)),
+            "max_design_effect": _max_design_effect(arm),
             "statuses": dict(arm.statuses),
             "n_conflicting": arm.n_conflicting,
             "n_guessed_scale": arm.n_guessed,
+            "n_bare_percent": arm.n_bare_percent,
             "unread": [{"where": u.where, "status": u.status, "text": u.text} for u in arm.unread],
             "ece_floor": ece_floor(arm.confidence, n_draws=n_resamples, level=level, seed=seed, **bins),
             "constant_baseline": constant_baseline(arm.correct, **bins),
@@ -83,6 +87,17 @@ def _auroc_lower(arm: Arm) -> float | None:
     # ranks instead of values leave room at both ends, without rounding two values into one
     confidence[~np.isnan(arm.confidence)] = (ranks + 1) / (len(ranks) + 1)
     return calibration_metrics(arm.correct, confidence)["auroc"]
+
+
+def _max_design_effect(arm: Arm) -> float:
+    """How many times the variance of a mean over the read answers is that of independent ones if the answers to a
+    prompt agree completely: sum m^2 / sum m over prompts with m read answers (Kish 1965, at intraclass correlation 1).
+    """
+    read = ~np.isnan(arm.confidence)
+    if arm.groups is None or not read.any():
+        return 1.0
+    sizes = np.array(list(Counter(arm.groups[read]).values()), dtype=np.float64)
+    return float((sizes**2).sum() / sizes.sum())
 
 
 def _difference(arm: Arm, reference: Arm, bins: dict[str, Any], resampling: dict[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     fields.add_argument(
         "--lenient",
         action="store_true",
-        help="read a bare 85 as 85%%; such guesses are counted and shown",
+        help="read a bare 85 as 85%%; such guesses are counted and shown; bare numbers up to 10 stay unread",
     )
     how = parser.add_argument_group("how to judge")
     how.add_argument("--baseline", metavar="ARM", help="compare the others with this arm (default: the first)")

@@ -65,14 +65,15 @@ def bootstrap_intervals(
         seed: of a numpy Generator, or a Generator; the same seed gives the same intervals.
 
     Returns:
-        None for a metric that is undefined on most resamples, and for all with fewer than two prompts, where nothing
-        is known of their spread.
+        None for a metric that is undefined on most resamples, and where nothing is known of the spread: for all with
+        fewer than two prompts, and for all but accuracy_all when only one prompt has an answer that was read.
     """
     names = _check(metrics, n_resamples, level)
     answers = Answers(correct, confidence, n_bins=n_bins, edges=edges)
     cluster, ids = cluster_index(groups, len(answers))
     drawn = resample_metrics([(answers, cluster)], len(ids), names, n_resamples, seed)
-    return {name: percentiles(drawn[0][name], level) if len(ids) > 1 else None for name in names}
+    known = _spread_known(names, answers, cluster)
+    return {name: percentiles(drawn[0][name], level) if name in known else None for name in names}
 
 
 def paired_bootstrap(
@@ -117,12 +118,13 @@ def paired_bootstrap(
     clusters = [cluster_a, to_common[cluster_b]]
     drawn = resample_metrics(list(zip(arms, clusters, strict=True)), len(ids), names, n_resamples, seed)
     points = [arm.counts() for arm in arms]
+    known = set.intersection(*(_spread_known(names, *arm) for arm in zip(arms, clusters, strict=True)))
     result = {}
     for name in names:
         at = [float(METRICS[name](counts)[0]) for counts in points]
         values = [None if np.isnan(v) else v for v in at]
         difference = None if None in values else at[1] - at[0]
-        defined = difference is not None and len(ids) > 1
+        defined = difference is not None and name in known
         interval = percentiles(drawn[1][name] - drawn[0][name], level) if defined else None
         result[name] = Difference(*values, difference, *(interval or (None, None)))
     return result
@@ -191,6 +193,14 @@ def resample_metrics(
             for name, metric in metrics.items():
                 part[name].append(metric(counts))
     return [{name: np.concatenate(values) for name, values in part.items()} for part in parts]
+
+
+def _spread_known(names: Sequence[str], answers: Answers, cluster: IntArray) -> set[str]:
+    """The metrics that resampling can vary: a single cluster, or a single one with a parsed answer, only repeats."""
+    if len(np.unique(cluster)) < 2:
+        return set()
+    one_parsed = len(np.unique(cluster[~answers.unparsed])) == 1
+    return {name for name in names if name == "accuracy_all" or not one_parsed}
 
 
 def _chunks(total: int, width: int) -> Iterator[int]:

@@ -53,14 +53,15 @@ def _reference_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str
     """What the metrics have to be held against: the noise floor of ECE, and the constant that states the base rate."""
     rows = []
     for entry in report["arms"]:
-        floor, constant = entry["ece_floor"], entry["constant_baseline"]
+        floor = entry["ece_floor"]
         rows.append(
             [
                 entry["name"],
                 format_value(entry["metrics"]["ece"], "share"),
                 "–" if floor is None else f"{floor['mean']:.3f} (up to {floor['upper']:.3f})",
                 format_value(entry["metrics"]["brier"], "share"),
-                format_value(constant["brier"], "share"),
+                # that of always stating the accuracy, over the same answers as its neighbours: the read ones
+                format_value(entry["metrics"]["uncertainty"], "share"),
                 format_value(entry["metrics"]["brier_skill"], "signed"),
             ]
         )
@@ -116,6 +117,17 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
             )
         if entry["n_guessed_scale"]:
             remarks.append(f"{name}: the scale of {entry['n_guessed_scale']:,} confidences was guessed (--lenient).")
+        if entry["n_bare_percent"]:
+            remarks.append(
+                f"{name}: {entry['n_bare_percent']:,} of the unread answers state a bare number above 10, such as 85 "
+                "without a percent sign; --lenient reads it as a percentage."
+            )
+        if entry["max_design_effect"] > 1:
+            remarks.append(
+                f"{name}: several answers share a prompt, and the noise floor takes answers as independent; where the "
+                f"answers to a prompt agree, noise alone can give up to {entry['max_design_effect'] ** 0.5:.1f} times "
+                "as much. The intervals do allow for it."
+            )
         if entry["n_prompts"] is None:
             remarks.append(f"{name}: no prompt ids, so the intervals take every answer as independent of the others.")
     return remarks
@@ -207,9 +219,9 @@ def audit_page(report: Mapping[str, Any], arms: Sequence[Arm]) -> str:
                 "ECE floor: the ECE that a perfectly calibrated model with these very confidences would measure on as "
                 "many "
                 "answers, from noise alone. Only what lies above it says something about the model.",
-                "Brier of a constant: what always stating the accuracy would score. Brier skill is the share of it "
-                "that the "
-                "stated confidence saves; below 0 the constant is better.",
+                "Brier of a constant: what always stating the accuracy would score, over the answers that were "
+                "read. Brier skill is the share of it that the stated confidence saves; below 0 the constant is "
+                "better.",
             ],
         ),
     ]

@@ -8,27 +8,38 @@ from typing import Any
 from caop_fast.calibration.table import format_value
 
 SLIGHT_GAP = 0.05
+MIN_ANSWERS = 30  # read answers below which nothing is judged
+MANY_UNREAD = 0.1  # share of unread answers above which they are what a reader must hear first
 
 
 def verdict(entry: Mapping[str, Any], *, level: float = 0.95) -> str:
     """The verdict on one arm. `entry` is an element of `audit(...)["arms"]`; the keys used are "metrics", "intervals",
-    "ece_floor" and "constant_baseline".
+    "ece_floor", "max_design_effect" and "constant_baseline".
 
-    First the level: over- or underconfident when the interval of the gap excludes 0; else calibrated when ECE stays
-    within what sampling noise gives a perfectly calibrated model, or wrong at some levels when it does not. Then the
-    ranking, by the interval of AUROC. Then, when answers are unread, how many and what they cost; the ECE and Brier
-    score that are judged then are the upper ones.
+    First the level: over- or underconfident when the interval of the gap excludes 0, and also off level by level when
+    ECE is far above what the gap explains; else calibrated when ECE stays within what sampling noise gives a perfectly
+    calibrated model, or wrong at some levels when it does not. Where answers share prompts, that takes an ECE above
+    the noise that fully dependent answers could give. Then the ranking, by the interval of AUROC. When answers are
+    unread, how many and what they cost, before all else when they are more than a tenth; the ECE and Brier score that
+    are judged then are the upper ones. With fewer than 30 read answers nothing is judged.
     """
     metrics = entry["metrics"]
     n, unread = metrics["n"], metrics["n_unparsed"]
     if unread == n:
         return f"None of the {n:,} answers states a confidence that can be read, so there is nothing to judge."
-    sentences = [_level_sentence(entry, level), _ranking_sentence(entry, level)]
+    if n - unread < MIN_ANSWERS:
+        sentences = [
+            f"Too few answers ({n - unread}) to judge: it takes {MIN_ANSWERS} that state a readable confidence."
+        ]
+    else:
+        sentences = [_level_sentence(entry, level), _ranking_sentence(entry, level)]
     if unread:
-        sentences.append(
-            f"{unread:,} of {n:,} answers state no confidence that can be read; each counts as an error of 1, which "
-            "puts "
-            f"ECE at {metrics['ece_upper']:.3f} (it is {metrics['ece']:.3f} over the others)."
+        many = unread > MANY_UNREAD * n
+        sentences.insert(
+            0 if many else len(sentences),
+            f"{unread:,} of {n:,} answers state no confidence that can be read"
+            f"{f' ({100 * unread / n:.0f} %)' if many else ''}; each counts as an error of 1, which puts "
+            f"ECE at {metrics['ece_upper']:.3f} (it is {metrics['ece']:.3f} over the others).",
         )
     return " ".join(sentences)
 
@@ -61,8 +72,11 @@ def _level_sentence(entry: Mapping[str, Any], level: float) -> str:
     )
     gap_text = f"gap {format_value(gap, 'signed')}{_between(interval, 'signed', level)}"
     noise = f"{name} {ece:.3f}, where sampling noise alone gives about {floor['mean']:.3f}"
-    # A mean that is nearly right says little when the levels are not: ECE is at least |gap|, and here far more.
-    levels = " and far off level by level" if ece > abs(gap) + floor["upper"] + SLIGHT_GAP else ""
+    # the most that noise can give where the answers to a prompt agree completely: its size grows as a standard error
+    dependent = floor["upper"] * entry["max_design_effect"] ** 0.5
+    # A mean that is nearly right says little when the levels are not: ECE is at least |gap|, and here far more. Over
+    # the read answers, like the gap: an unread answer has no level to be off at.
+    levels = " and far off level by level" if metrics["ece"] > abs(gap) + dependent + SLIGHT_GAP else ""
     if interval is not None and interval[0] > 0:
         return f"{_degree(gap, 'over')}{levels}: {says} ({gap_text}; {noise})."
     if interval is not None and interval[1] < 0:
@@ -72,6 +86,12 @@ def _level_sentence(entry: Mapping[str, Any], level: float) -> str:
             f"Calibrated as far as {metrics['n']:,} answers can tell: {says} ({gap_text}), and its {name} of "
             f"{ece:.3f} is "
             f"within what sampling noise gives a perfectly calibrated model (up to {floor['upper']:.3f})."
+        )
+    if ece <= dependent:
+        return (
+            f"Right on average: {says} ({gap_text}). Whether it is so level by level cannot be told: its {name} of "
+            f"{ece:.3f} is more than noise gives independent answers (up to {floor['upper']:.3f}), but several answers "
+            f"share a prompt, and where those agree noise can give up to about {dependent:.3f}."
         )
     return (
         f"Right on average but not level by level: {says} ({gap_text}), yet its {name} of {ece:.3f} is more than "

@@ -70,6 +70,64 @@ def test_a_small_gap_does_not_hide_levels_that_are_far_off() -> None:
     assert "level by level" not in only(arm("a", 0.2))["verdict"]
 
 
+def test_unread_answers_are_not_called_levels_that_are_far_off() -> None:
+    a = arm("a", 0.2)
+    text = only(hidden(a, np.arange(2000) % 3 == 0))["verdict"]
+    assert "Overconfident: it states" in text
+    assert "level by level" not in text
+
+
+def test_verdict_needs_thirty_read_answers() -> None:
+    a = arm("a", 0.2, n=40)
+    few = only(hidden(a, np.arange(40) >= 29))["verdict"]
+    assert "Too few answers (29) to judge" in few
+    assert few.startswith("11 of 40 answers state no confidence")
+    assert "onfident" not in few
+    assert "Too few" not in only(hidden(a, np.arange(40) >= 30))["verdict"]
+
+
+def agreeing(seed: int, *, shift: float = 0.0) -> Arm:
+    """100 prompts with 8 answers each that agree in everything; honest when shift is 0, else right on average only."""
+    rng = np.random.default_rng(seed)
+    p = np.repeat(np.arange(100) % 5 * 0.2 + 0.1, 8)
+    correct = np.repeat(rng.random(100), 8) < p
+    return Arm("a", correct.astype(float), np.where(p > 0.5, p - shift, p + shift * 2 / 3), np.arange(800) // 8)
+
+
+def test_noise_of_answers_that_share_a_prompt_is_not_called_miscalibration() -> None:
+    honest = [only(agreeing(seed)) for seed in range(20)]
+    assert sum(e["metrics"]["ece"] > e["ece_floor"]["upper"] for e in honest) >= 10
+    assert sum("not level by level" in e["verdict"] for e in honest) <= 2
+    assert sum("cannot be told" in e["verdict"] for e in honest) >= 8
+    assert honest[0]["max_design_effect"] == pytest.approx(8)
+    a = arm("a")  # two a prompt
+    assert "not level by level" in only(Arm("a", a.correct, 1 - a.confidence, a.groups))["verdict"]
+    assert "the noise floor takes answers as independent" in audit_table(audit([a], **QUICK))
+    single = Arm("a", a.correct, a.confidence, np.arange(2000))
+    assert only(single)["max_design_effect"] == 1
+    assert "noise floor takes" not in audit_table(audit([single], **QUICK))
+
+
+def test_design_effect_is_over_the_read_answers() -> None:
+    a = Arm("a", np.zeros(6), np.array([0.5, 0.5, 0.5, 0.5, np.nan, np.nan]), ["p", "p", "p", "q", "q", "r"])
+    assert only(a)["max_design_effect"] == pytest.approx((9 + 1) / 4)
+    assert only(Arm("a", a.correct, np.full(6, np.nan), a.groups))["max_design_effect"] == 1
+
+
+def test_brier_its_constant_and_its_skill_are_over_the_same_answers() -> None:
+    a = arm("a", n=400)
+    a = hidden(a, (a.correct == 0) & (np.arange(400) % 2 == 0))
+    row = next(
+        line.split()
+        for line in audit_table(audit([a], **QUICK)).split("Brier skill")[1].splitlines()
+        if line.startswith("a ")
+    )
+    brier, constant, skill = map(float, row[-3:])
+    accuracy = a.correct[~np.isnan(a.confidence)].mean()
+    assert constant == pytest.approx(accuracy * (1 - accuracy), abs=6e-4)
+    assert skill == pytest.approx(1 - brier / constant, abs=6e-3)
+
+
 def test_verdict_within_the_noise_floor() -> None:
     entry = only(arm("a"))
     assert entry["metrics"]["ece"] <= entry["ece_floor"]["upper"]
@@ -96,9 +154,12 @@ def test_verdict_uses_the_upper_ece_when_answers_are_unread() -> None:
     entry = only(hidden(a, np.arange(2000) % 4 == 0))
     metrics = entry["metrics"]
     assert metrics["ece"] <= entry["ece_floor"]["upper"]  # would be called calibrated by what could be read
-    assert not entry["verdict"].startswith("Calibrated")
+    assert entry["verdict"].startswith("500 of 2,000 answers state no confidence that can be read (25 %); ")
+    assert "Calibrated" not in entry["verdict"]
     assert f"ECE upper of {metrics['ece_upper']:.3f}" in entry["verdict"]
-    assert "500 of 2,000 answers state no confidence" in entry["verdict"]
+    few = only(hidden(a, np.arange(2000) % 10 == 0))["verdict"]  # a tenth exactly: at the end
+    assert few.startswith("Right on average")
+    assert re.search(r"\. 200 of 2,000 answers state no confidence that can be read; [^.]*\.", few)
 
 
 def test_verdict_nothing_readable_all_right_and_fractions() -> None:
@@ -112,7 +173,17 @@ def test_verdict_nothing_readable_all_right_and_fractions() -> None:
 def test_a_single_answer() -> None:
     report = audit([Arm("a", np.array([1.0]), np.array([0.5]))], **QUICK)
     json.dumps(report, allow_nan=False)
-    audit_table(report)
+    assert "Too few answers (1) to judge" in audit_table(report)
+
+
+def test_one_read_answer_gives_no_interval() -> None:
+    n = 50
+    confidence = np.full(n, np.nan)
+    confidence[7] = 0.8
+    report = audit([Arm("a", np.arange(n) % 2 * 1.0, confidence)], **QUICK)
+    assert set(report["arms"][0]["intervals"].values()) == {None}
+    confidence[8] = 0.6
+    assert only(Arm("a", np.arange(n) % 2 * 1.0, confidence))["intervals"]["ece"] is not None
 
 
 def test_difference_is_arm_minus_baseline_over_shared_prompts() -> None:
@@ -220,7 +291,7 @@ def test_write_report_is_whole_and_loads_again(tmp_path) -> None:
     assert json.loads(written[0].read_text()) == json.loads(json.dumps(report))
     assert written[2].read_bytes().startswith(b"\x89PNG")
     for entry in report["arms"]:
-        assert entry["verdict"].split(":")[0] in written[3].read_text()
+        assert re.split(r":| \(", entry["verdict"])[0] in written[3].read_text()
 
 
 def test_table_shows_upper_columns_only_when_something_is_unread() -> None:

@@ -58,6 +58,14 @@ def test_lenient_guesses_are_counted() -> None:
     assert arm.n_guessed == 1
 
 
+def test_counts_what_lenient_would_read() -> None:
+    texts = ["85", "11", "10", "1.5", "-3", "120", "high", "85%"]
+    records = [{"response": f"Confidence: {text}", "correct": 1} for text in texts]
+    arm = read(*records)[None]
+    assert (arm.n_bare_percent, arm.statuses["out_of_range"]) == (2, 6)
+    assert read(*records, lenient=True)[None].n_bare_percent == 0
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

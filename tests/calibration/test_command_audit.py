@@ -110,6 +110,15 @@ def test_lenient_is_passed_on(tmp_path, capsys) -> None:
         assert json.loads(capsys.readouterr().out)["arms"][0]["metrics"]["n_unparsed"] == unread
 
 
+def test_bare_percentages_hint_at_lenient(tmp_path, capsys) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"response": "Confidence: 85", "correct": 1}\n{"response": "Confidence: 1.5", "correct": 1}\n')
+    assert run(path) == 0
+    assert "1 of the unread answers state a bare number above 10" in capsys.readouterr().out
+    assert run(path, "--lenient") == 0
+    assert "a bare number above 10" not in capsys.readouterr().out
+
+
 def test_standard_input(monkeypatch, capsys) -> None:
     stdin = io.TextIOWrapper(io.BytesIO(b'{"confidence": 0.5, "correct": 1}\n'))
     monkeypatch.setattr(sys, "stdin", stdin)
