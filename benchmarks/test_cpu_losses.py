@@ -18,7 +18,7 @@ from benchmarks.measure import peak_bytes
 from benchmarks.peers import plain
 from caop_fast import distillation_loss, linear_distillation_loss
 
-LOGITS_SHAPES = [(256, 32000)]  # N, V
+LOGITS_SHAPES = [(256, 32000), (256, 151936)]  # N, V; the second is Qwen's vocabulary
 LINEAR_SHAPES = [(512, 32000, 256), (3000, 93, 128)]  # N, V, H; the second is a language model of the demo's size
 Run = Callable[..., tuple[Tensor, ...]]
 

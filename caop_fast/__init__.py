@@ -13,9 +13,15 @@ if TYPE_CHECKING:
     from caop_fast.losses import (
         ConfidenceOutput,
         DistillationOutput,
+        RowStatistics,
+        TokenStatistics,
         confidence_loss,
         distillation_loss,
+        finish_state,
         linear_distillation_loss,
+        merge_states,
+        row_state,
+        token_statistics,
     )
 
 __version__ = "0.1.0"
@@ -23,10 +29,16 @@ __version__ = "0.1.0"
 __all__ = [
     "ConfidenceOutput",
     "DistillationOutput",
+    "RowStatistics",
+    "TokenStatistics",
     "__version__",
     "confidence_loss",
     "distillation_loss",
+    "finish_state",
     "linear_distillation_loss",
+    "merge_states",
+    "row_state",
+    "token_statistics",
 ]
 
 _LAZY = {name: "caop_fast.losses" for name in __all__ if name != "__version__"}

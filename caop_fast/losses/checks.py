@@ -62,7 +62,7 @@ def finite(name: str, value: Any, *, takes: str = "a finite number") -> float:
     """``value`` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {takes}, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced
         raise ValueError(f"{name} must be {takes}, got {value!r}")
     return float(value)
 
@@ -79,6 +79,16 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
+
+
+def overwritable(name: str, logits: Tensor, inplace: Any) -> None:
+    """With ``inplace``, the logits must be nobody's parameter: autograd would not notice that they were overwritten."""
+    if not flag("inplace", inplace) or not logits.requires_grad:
+        return
+    owner = logits if logits._base is None else logits._base
+    if owner.is_leaf and owner.requires_grad:
+        what = "a leaf" if owner is logits else "a view of a leaf"
+        raise ValueError(f"inplace=True would overwrite {name}, {what} that requires grad; pass inplace=False")
 
 
 def checks_values(validate: Any, device: torch.device) -> bool:
@@ -118,8 +128,8 @@ def shaped(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value.reshape(-1)
 
 
-def label_ids(labels: Any, shape: torch.Size, vocab: int, *, values: bool) -> Tensor | None:
-    """Labels as int64 [N], each in [0, vocab) or -100."""
+def label_ids(labels: Any, shape: torch.Size, vocab: int = 0, *, values: bool = False) -> Tensor | None:
+    """Labels as int64 [N]; with ``values`` each in [0, vocab) or -100."""
     if labels is None:
         return None
     if not isinstance(labels, Tensor):
@@ -128,10 +138,17 @@ def label_ids(labels: Any, shape: torch.Size, vocab: int, *, values: bool) -> Te
         raise TypeError(f"labels must be integers (int64), got {labels.dtype}")
     ids = shaped("labels", labels, shape).to(torch.int64)
     if values:
-        bad = ((ids < 0) | (ids >= vocab)) & (ids != IGNORE_LABEL)
-        if bool(bad.any()):
-            raise ValueError(f"labels must be {IGNORE_LABEL} or in [0, {vocab}), got {int(ids[bad][0])}")
+        check_labels(ids, vocab)
     return ids
+
+
+def check_labels(ids: Tensor | None, vocab: int) -> None:
+    """Every label is -100 or in [0, vocab). Reads values."""
+    if ids is None:
+        return
+    bad = ((ids < 0) | (ids >= vocab)) & (ids != IGNORE_LABEL)
+    if bool(bad.any()):
+        raise ValueError(f"labels must be {IGNORE_LABEL} or in [0, {vocab}), got {int(ids[bad][0])}")
 
 
 def row_weights(
@@ -145,11 +162,18 @@ def row_weights(
     if weights.is_complex():
         raise TypeError(f"weights must be real numbers, got {weights.dtype}")
     flat = shaped("weights", weights.detach(), shape).to(dtype)
-    if values and flat.numel():
-        bad = ~(flat.isfinite() & (flat >= 0))
-        if bool(bad.any()):
-            raise ValueError(f"weights must be finite and >= 0, got {float(flat[bad][0])}")
+    if values:
+        check_weights(flat)
     return flat
+
+
+def check_weights(weights: Tensor | None) -> None:
+    """Every weight is finite and >= 0. Reads values."""
+    if weights is None:
+        return
+    bad = ~(weights.isfinite() & (weights >= 0))
+    if bool(bad.any()):
+        raise ValueError(f"weights must be finite and >= 0, got {float(weights[bad][0])}")
 
 
 def divergence_beta(beta: Any, shape: torch.Size, dtype: torch.dtype, *, values: bool) -> float | Tensor:
@@ -159,11 +183,18 @@ def divergence_beta(beta: Any, shape: torch.Size, dtype: torch.dtype, *, values:
             raise TypeError(f"beta must be real numbers, got {beta.dtype}")
         flat = shaped("beta", beta.detach(), shape).to(dtype)
         if values:
-            bad = (flat != 0) & (flat != 1)
-            if bool(bad.any()):
-                raise ValueError(f"a beta tensor chooses 0 or 1 per token, got {float(flat[bad][0])}")
+            check_beta(flat)
         return flat
     number = finite("beta", beta, takes="a number in [0, 1] or a tensor of zeros and ones")
     if not 0 <= number <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta!r}")
     return number
+
+
+def check_beta(beta: Tensor | None) -> None:
+    """Every entry is 0 or 1. Reads values."""
+    if beta is None:
+        return
+    bad = (beta != 0) & (beta != 1)
+    if bool(bad.any()):
+        raise ValueError(f"a beta tensor chooses 0 or 1 per token, got {float(beta[bad][0])}")

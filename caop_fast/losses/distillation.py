@@ -1,27 +1,15 @@
-"""The distillation loss on logits: one differentiable function, chunked over tokens."""
+"""The distillation loss on logits: every statistic of a token from one read, differentiable in any mix."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.once import first_derivative_only
+from caop_fast.losses.backend import resolve_backend
+from caop_fast.losses.ops.distillation import distillation_rows
 from caop_fast.losses.outputs import DistillationOutput
-from caop_fast.losses.reference import Options, RowStatistics, open_block
-from caop_fast.losses.rows import (
-    block_gradient,
-    block_statistics,
-    join_statistics,
-    renormalised,
-    resolve_backend,
-    row_blocks,
-    take,
-    take_options,
-    take_statistics,
-)
+from caop_fast.losses.rows import live_rows, spread  # noqa: F401  (to go)
 
 
 def distillation_loss(
@@ -50,7 +38,7 @@ def distillation_loss(
     other side +inf; one that both exclude contributes 0. Finite masks such as ``finfo.min`` count as -inf: whatever
     lies 2**64 (log2 units) or more below the other side's logit does, so anything above 2**64 is reported as +inf.
 
-    ``torch.compile`` works with graph breaks; ``fullgraph=True`` is not supported yet.
+    Works under ``torch.compile(fullgraph=True)`` and ``torch.autocast`` (which changes nothing here).
 
     Args:
         student_logits: [..., V_s] float32, bfloat16, float16 or float64; any leading shape, N tokens in all.
@@ -68,8 +56,8 @@ def distillation_loss(
         reduction: "mean" = sum(w D)/sum(w) (0 when all weights are 0), "sum", or "none" (w D per token).
         inplace: the backward writes the gradient over ``student_logits`` (not a leaf, nor a view of one); a second
             backward is an error.
-        backend: "torch", "triton", or "auto" (Triton on GPUs where it is installed). With Triton the statistics of a
-            row come from one kernel; the gradient, and for 0 < beta < 1 the divergence, from the PyTorch code.
+        backend: "torch", "triton", or "auto" (Triton on GPUs where it is installed). With Triton all statistics of a
+            row come from one read of both logits (for 0 < beta < 1 from two), the gradient from one more.
         validate: check values of tensors (labels, weights, beta), which makes the host wait for a GPU; None does so
             on the CPU only. Unchecked, a bad label or beta entry gives NaN in its row.
 
@@ -101,53 +89,40 @@ def distillation_loss(
     )
     dtype = checks.statistics_dtype((student_logits, teacher_logits))
     values = checks.checks_values(validate, device)
-    label_ids = checks.label_ids(labels, lead, vocab, values=values)
-    row_weights = checks.row_weights(weights, label_ids, lead, dtype, values=values)
-    options = Options(
-        beta=checks.divergence_beta(beta, lead, dtype, values=values),
-        temperature=checks.positive("temperature", temperature),
-        student_softcap=checks.positive("student_softcap", student_softcap, optional=True),
-        teacher_softcap=checks.positive("teacher_softcap", teacher_softcap, optional=True),
-    )
+    label_ids = checks.label_ids(labels, lead, vocab, values=False)
+    row_weights = checks.row_weights(weights, label_ids, lead, dtype, values=False)
+    beta = checks.divergence_beta(beta, lead, dtype, values=False)
+    per_row = isinstance(beta, Tensor)
+    temperature = checks.positive("temperature", temperature)
+    student_softcap = checks.positive("student_softcap", student_softcap, optional=True)
+    teacher_softcap = checks.positive("teacher_softcap", teacher_softcap, optional=True)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    if checks.flag("inplace", inplace) and student_logits.requires_grad:
-        owner = student_logits if student_logits._base is None else student_logits._base
-        if owner.is_leaf and owner.requires_grad:
-            what = "a leaf" if owner is student_logits else "a view of a leaf"
-            raise ValueError(
-                f"inplace=True would overwrite student_logits, {what} that requires grad; pass inplace=False"
-            )
+    checks.overwritable("student_logits", student_logits, inplace)
     chosen = resolve_backend(backend, device)
 
-    student = student_logits.reshape(-1, student_logits.shape[-1])
-    teacher = teacher_logits.detach().reshape(-1, teacher_logits.shape[-1])
-    live, dead = live_rows(row_weights)
-    divergence, student_logprob, student_entropy, teacher_logprob, teacher_entropy = _Rows.apply(
-        student, teacher, label_ids, live, dead, options, vocab, dtype, inplace, chosen
+    divergence, student_logprob, student_entropy, teacher_logprob, teacher_entropy, *_ = distillation_rows(
+        student_logits.reshape(-1, student_logits.shape[-1]),
+        teacher_logits.detach().reshape(-1, teacher_logits.shape[-1]),
+        label_ids,
+        row_weights,
+        beta if per_row else None,
+        0.0 if per_row else beta,
+        temperature,
+        student_softcap,
+        teacher_softcap,
+        vocab,
+        inplace,
+        chosen == "triton",
+        values,
     )
     return DistillationOutput(
         reduce_rows(divergence, row_weights, reduction, lead),
         divergence.view(lead),
-        None if student_logprob is None else student_logprob.view(lead),
-        None if teacher_logprob is None else teacher_logprob.view(lead),
+        None if labels is None else student_logprob.view(lead),
+        None if labels is None else teacher_logprob.view(lead),
         student_entropy.view(lead),
         teacher_entropy.view(lead),
     )
-
-
-def live_rows(weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """How weight-0 rows are left out: an index of the others (CPU: never touched), or a mask [N] of them (no sync).
-
-    (None, None) when there are none to leave out.
-    """
-    if weights is None:
-        return None, None
-    dead = weights == 0
-    if weights.device.type != "cpu":
-        return None, dead
-    if not bool(dead.any()):
-        return None, None
-    return (~dead).nonzero().view(-1), None
 
 
 def reduce_rows(divergence: Tensor, weights: Tensor | None, reduction: str, lead: torch.Size) -> Tensor:
@@ -165,118 +140,3 @@ def total_weight(weights: Tensor | None, rows: Tensor) -> Tensor | int:
         return max(rows.shape[0], 1)
     total = weights.sum()
     return torch.where(total == 0, 1.0, total)
-
-
-def spread(column: Tensor | None, n_rows: int, live: Tensor | None, dead: Tensor | None) -> Tensor | None:
-    """Column [R, 1] of the live rows as [N], with 0 in the others."""
-    if column is None:
-        return None
-    flat = column.view(-1)
-    if live is not None:
-        return flat.new_zeros(n_rows).index_copy_(0, live, flat)
-    return flat if dead is None else flat.masked_fill(dead, 0)
-
-
-class _Rows(torch.autograd.Function):
-    """[N, V] logits to the row statistics; the backward serves divergence, log-probability and entropy at once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        live: Tensor | None,
-        dead: Tensor | None,
-        options: Options,
-        vocab: int,
-        dtype: torch.dtype,
-        inplace: bool,
-        backend: str,
-    ) -> tuple[Tensor | None, ...]:
-        found, careful = [], False
-        for rows in row_blocks(student.shape[0], vocab, student.device, live):
-            _, statistics, block_careful = block_statistics(
-                student[rows, :vocab],
-                teacher[rows, :vocab],
-                take(labels, rows),
-                take_options(options, rows),
-                dtype,
-                backend=backend,
-                consume=isinstance(rows, Tensor),  # an index makes a copy, which is ours
-            )
-            found.append(statistics)
-            careful |= block_careful
-        statistics = join_statistics(found)
-        beta = options.beta if isinstance(options.beta, Tensor) else None
-        ctx.save_for_backward(student, teacher, labels, live, dead, beta, *statistics)
-        fixed = options if beta is None else options._replace(beta=None)
-        ctx.settings = (fixed, vocab, dtype, inplace, careful, backend)
-        ctx.consumed = False
-        outputs = [
-            spread(column, student.shape[0], live, dead)
-            for column in (
-                statistics.divergence,
-                statistics.student_logprob,
-                statistics.student_entropy,
-                statistics.teacher_logprob,
-                statistics.teacher_entropy,
-            )
-        ]
-        ctx.mark_non_differentiable(*(t for t in outputs[3:] if t is not None))
-        ctx.set_materialize_grads(False)
-        return tuple(outputs)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(
-        ctx: Any, d_divergence: Tensor | None, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        if ctx.consumed:
-            raise RuntimeError(
-                "inplace=True: the first backward wrote its gradient over student_logits; use inplace=False"
-            )
-        student, teacher, labels, live, dead, beta, *columns = ctx.saved_tensors
-        options, vocab, dtype, inplace, careful, backend = ctx.settings
-        nothing = (None,) * 10
-        upstream = {"d_divergence": d_divergence, "d_logprob": d_logprob, "d_entropy": d_entropy}
-        upstream = {k: v.to(dtype).view(-1, 1) / options.temperature for k, v in upstream.items() if v is not None}
-        if not upstream or not ctx.needs_input_grad[0]:
-            return nothing
-        if beta is not None:
-            options = options._replace(beta=beta)
-        statistics = RowStatistics(*columns)
-        gradient = student if inplace else torch.empty_like(student)
-        if inplace:
-            ctx.consumed = True
-        if live is not None:
-            dead = torch.ones(student.shape[0], dtype=torch.bool, device=student.device).index_fill_(0, live, False)
-        done = 0
-        for rows in row_blocks(student.shape[0], vocab, student.device, live):
-            height = rows.numel() if isinstance(rows, Tensor) else rows.stop - rows.start
-            known = take_statistics(statistics, slice(done, done + height))
-            done += height
-            chosen = take_options(options, rows)
-            block, *_ = open_block(
-                student[rows, :vocab],
-                teacher[rows, :vocab],
-                chosen,
-                dtype,
-                known=known,
-                consume=isinstance(rows, Tensor),
-                slope=options.student_softcap is not None,
-            )
-            if backend == "triton":
-                known = renormalised(block, known)
-            gradient[rows, :vocab] = block_gradient(
-                block,
-                known,
-                take(labels, rows),
-                chosen,
-                careful=careful,
-                **{name: value[rows] for name, value in upstream.items()},
-            ).to(gradient.dtype)
-        gradient[:, vocab:] = 0
-        if dead is not None:
-            gradient.masked_fill_(dead.view(-1, 1), 0)
-        return gradient, *nothing[1:]

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from caop_fast.losses import checks
-from caop_fast.losses.distillation import live_rows, reduce_rows, spread, total_weight
+from caop_fast.losses import checks, on_triton
+from caop_fast.losses.backend import resolve_backend
+from caop_fast.losses.distillation import reduce_rows, total_weight
 from caop_fast.losses.once import first_derivative_only
 from caop_fast.losses.outputs import DistillationOutput
 from caop_fast.losses.projection import (
@@ -26,13 +27,15 @@ from caop_fast.losses.projection import (
     make_head,
     projection_dtypes,
 )
-from caop_fast.losses.reference import Options, RowStatistics
+from caop_fast.losses.reference.divergence import Options, RowStatistics
 from caop_fast.losses.rows import (
+    Rows,
     block_gradient,
     block_statistics,
     join_statistics,
-    resolve_backend,
+    live_rows,
     row_blocks,
+    spread,
     take,
     take_options,
 )
@@ -277,9 +280,14 @@ def _chunk(
     options: Options,
     upstream: Tensor | None,
     problem: Problem,
-) -> tuple[RowStatistics, Tensor | None]:
-    """Statistics of a chunk of tokens and, given the rows' ``upstream`` [C, 1], the gradient of its logits [C, V]."""
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """Statistics of a chunk of tokens and, given the rows' ``upstream`` [C], the gradient of its logits [C, V].
+
+    The statistics are [C] or None: divergence, both log-probabilities, both entropies.
+    """
     student, teacher = logits(student_hidden, problem.student), logits(teacher_hidden, problem.teacher)
+    if problem.backend == "triton":
+        return _kernel_chunk(student, teacher, labels, options, upstream)
     found, d_logits = [], None
     for rows in row_blocks(student.shape[0], student.shape[1], student.device, None):
         chosen, block_labels = take_options(options, rows), take(labels, rows)
@@ -289,20 +297,51 @@ def _chunk(
             block_labels,
             chosen,
             problem.dtype,
-            backend=problem.backend,
             consume=True,
-            keep=upstream is not None,
             slope=upstream is not None and options.student_softcap is not None,
         )
         found.append(statistics)
         if upstream is not None:
-            d_logits = block_gradient(
-                block, statistics, block_labels, chosen, careful=careful, d_divergence=upstream[rows]
-            )
+            flow = upstream[rows].view(-1, 1) / options.temperature
+            d_logits = block_gradient(block, statistics, block_labels, chosen, careful=careful, d_divergence=flow)
             if d_logits.shape[0] < student.shape[0]:
                 student[rows] = d_logits  # the logits of these rows have served
                 d_logits = student
-    return join_statistics(found), d_logits
+    return _columns(join_statistics(found)), d_logits
+
+
+def _kernel_chunk(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, options: Options, upstream: Tensor | None
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """The same by the Triton kernels, the gradient over the logits."""
+    vocab = student.shape[1]
+    found = on_triton.distillation_rows(student, teacher, labels, None, options, vocab)
+    d_logits = None
+    if upstream is not None:
+        d_logits = on_triton.distillation_gradient(
+            student,
+            teacher,
+            labels,
+            None,
+            options,
+            vocab,
+            found.normaliser,
+            found.student_entropy,
+            inplace=True,
+            d_divergence=upstream,
+            d_logprob=None,
+            d_entropy=None,
+        )
+    return _columns(found), d_logits
+
+
+def _columns(found: RowStatistics | Rows) -> tuple[Tensor | None, ...]:
+    names = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
+    return tuple(getattr(found, name) for name in names)
+
+
+def _join(parts: list[Tensor | None]) -> Tensor | None:
+    return None if parts[0] is None else torch.cat(parts)
 
 
 class _Linear(torch.autograd.Function):
@@ -349,17 +388,7 @@ class _Linear(torch.autograd.Function):
                 if d_logits is not None:
                     sums.add(d_logits, student[rows], problem)
                 del d_logits
-            statistics = join_statistics(found)
-            outputs = [
-                spread(column, n_rows, live, dead)
-                for column in (
-                    statistics.divergence,
-                    statistics.student_logprob,
-                    statistics.teacher_logprob,
-                    statistics.student_entropy,
-                    statistics.teacher_entropy,
-                )
-            ]
+            outputs = [spread(_join(parts), n_rows, live, dead) for parts in zip(*found, strict=True)]
             loss = reduce_rows(outputs[0], weights, reduction, torch.Size((n_rows,)))
             divisor = total_weight(weights, outputs[0]) if reduction == "mean" else 1
         hidden = torch.cat(sums.hidden) if len(sums.hidden) > 1 else (sums.hidden or [None])[0]
@@ -393,20 +422,20 @@ class _Linear(torch.autograd.Function):
 
 
 def _row_upstream(weights: Tensor | None, hidden: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """What flows into each row's divergence from sum(w D), [R, 1], with the factors between raw and tempered logits.
+    """What flows into each row's divergence from sum(w D), [R], times the factor between hidden W^T and the logits.
 
     float16 GEMM operands underflow below 6e-8, which weights divided by a token count would reach: there the largest
     weight is taken out, and returned to be multiplied in at the end.
     """
-    factor = problem.student.scale / problem.options.temperature
+    factor = problem.student.scale
     if weights is None:
-        return hidden.new_full((hidden.shape[0], 1), factor, dtype=problem.dtype), None
+        return hidden.new_full((hidden.shape[0],), factor, dtype=problem.dtype), None
     unit = None
     if problem.student.operand == torch.float16 and weights.numel():
         unit = weights.amax()
         unit = torch.where(unit == 0, 1.0, unit)
         weights = weights / unit
-    return (weights * factor).view(-1, 1), unit
+    return weights * factor, unit
 
 
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype, height: int, index: Tensor | None) -> Tensor:

@@ -27,6 +27,33 @@ class DistillationOutput(NamedTuple):
     """Entropy of the teacher's distribution. Never differentiable."""
 
 
+class RowStatistics(NamedTuple):
+    """Statistics of N rows of two models' logits, in nats; the log-probabilities are None without labels."""
+
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    student_lse: Tensor
+    teacher_lse: Tensor
+    student_logprob: Tensor | None
+    teacher_logprob: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+
+
+class TokenStatistics(NamedTuple):
+    """Statistics of N tokens under one model, in nats, each with the leading shape of the logits.
+
+    float32 (float64 when the logits are). A row of weight 0 holds 0.
+    """
+
+    logprob: Tensor | None
+    """log p(label); None without labels, 0 where the label is -100."""
+    entropy: Tensor
+    """-sum p log p."""
+    lse: Tensor
+    """log sum exp of the tempered logits."""
+
+
 class ConfidenceOutput(NamedTuple):
     """Result of a confidence loss; every field but ``loss`` has the shape of ``target``. Weight-0 rows hold 0."""
 
@@ -38,3 +65,14 @@ class ConfidenceOutput(NamedTuple):
     """Variance of the candidate values under q."""
     outside_mass: Tensor
     """Probability the full softmax gives to everything that is not a candidate."""
+
+
+class CalibrationBins(NamedTuple):
+    """Sums of answers per confidence bin, [n_bins] each, in the order of the bins."""
+
+    count: Tensor
+    """Number of answers, int64."""
+    confidence_sum: Tensor
+    """Sum of their stated confidence, float64."""
+    correct_sum: Tensor
+    """Sum of their correctness, float64."""

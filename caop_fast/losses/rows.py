@@ -1,4 +1,4 @@
-"""Runs the mathematics of ``reference.py`` over many rows: blocks that stay in cache, -inf, and the choice of backend.
+"""Runs ``reference/divergence.py`` over many rows, in blocks that stay in cache.
 
 On the CPU a block is small enough for its half dozen arrays to stay in the cache while a dozen passes go over them,
 which is where the speed comes from; elsewhere it is large enough to fill the device.
@@ -6,49 +6,26 @@ which is where the speed comes from; elsewhere it is large enough to fill the de
 
 from __future__ import annotations
 
-import importlib
-import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from caop_fast.losses.checks import choice
-from caop_fast.losses.reference import (
+from caop_fast.losses.backend import resolve_backend  # noqa: F401  (to go)
+from caop_fast.losses.reference.divergence import (
+    Block,
     Options,
     RowStatistics,
-    blank_labels,
     coefficients,
-    divergences,
     logit_gradient,
     needs_care,
     open_block,
     row_statistics,
-    totals,
 )
 
-BACKENDS = ("auto", "torch", "triton")
 CPU_BLOCK_ELEMENTS = 1 << 19  # 2 MB of float32: measured best between 2**18 and 2**19, twice as slow from 2**21 on
 DEVICE_BLOCK_ELEMENTS = 1 << 25  # 128 MB of float32
-
-
-def resolve_backend(backend: Any, device: torch.device) -> str:
-    """ "torch" or "triton". "auto" takes Triton on GPUs where it is installed, PyTorch elsewhere."""
-    choice("backend", backend, BACKENDS)
-    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
-        return "torch"
-    reason = triton_unavailable(device)
-    if reason is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"backend='triton' cannot serve tensors on {device}: {reason}")
-    return "torch"
-
-
-def triton_unavailable(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot serve this device; None when they can."""
-    return importlib.import_module("caop_kernels").available(device)
 
 
 def row_blocks(n_rows: int, vocab: int, device: torch.device, index: Tensor | None) -> Iterator[slice | Tensor]:
@@ -70,10 +47,6 @@ def take_options(options: Options, rows: slice | Tensor) -> Options:
     return options._replace(beta=take(options.beta, rows)) if isinstance(options.beta, Tensor) else options
 
 
-def take_statistics(statistics: RowStatistics, rows: slice) -> RowStatistics:
-    return RowStatistics(*(take(column, rows) for column in statistics))
-
-
 def join_statistics(blocks: list[RowStatistics]) -> RowStatistics:
     """Statistics of consecutive blocks in one."""
     if len(blocks) == 1:
@@ -88,86 +61,20 @@ def block_statistics(
     options: Options,
     dtype: torch.dtype,
     *,
-    backend: str,
     consume: bool = False,
-    keep: bool = False,
     slope: bool = False,
-) -> tuple[Any, RowStatistics, bool]:
-    """The opened block of raw logits [R, V] (with ``keep``, for the gradient), its statistics, and ``careful``.
+) -> tuple[Block, RowStatistics, bool]:
+    """The opened block of raw logits [R, V], its statistics, and ``careful``.
 
     The second way through, which -inf needs, is taken on the CPU only where a block asks for it, and always elsewhere.
     """
-    if backend == "triton":
-        rows = kernel_statistics(student, teacher, labels, options, dtype)
-        if not (keep or options.interior):
-            return None, rows, True
-        block, *_ = open_block(student, teacher, options, dtype, known=rows, consume=consume, slope=slope)
-        rows = renormalised(block, rows)
-        if options.interior:
-            divergence, mean_ratio = divergences(
-                block, rows.student_total, rows.teacher_total, rows.log_ratio, options, True
-            )
-            rows = rows._replace(divergence=divergence, mean_ratio=mean_ratio)
-        return block, rows, True
     block, *shifts = open_block(student, teacher, options, dtype, consume=consume, slope=slope)
     careful = needs_care(block)
     return block, row_statistics(block, tuple(shifts), labels, options, careful=careful), careful
 
 
-def renormalised(block: Any, rows: RowStatistics) -> RowStatistics:
-    """The totals taken again from the block: the kernel's lse, as a shift, is rounded at the size of the logits."""
-    total, teacher_total, log_ratio = totals(block)
-    return rows._replace(student_total=total, teacher_total=teacher_total, log_ratio=log_ratio)
-
-
-def kernel_statistics(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, options: Options, dtype: torch.dtype
-) -> RowStatistics:
-    """Row statistics from the Triton kernel, the shift being lse itself; for interior beta without the divergence."""
-    kernel = importlib.import_module("caop_kernels").row_statistics
-    found = kernel(
-        student if student.stride(-1) == 1 else student.contiguous(),
-        teacher if teacher.stride(-1) == 1 else teacher.contiguous(),
-        labels,
-        temperature=options.temperature,
-        student_softcap=options.student_softcap,
-        teacher_softcap=options.teacher_softcap,
-    )
-
-    def column(values: Tensor) -> Tensor:
-        return values.to(dtype).view(-1, 1)
-
-    one = torch.ones_like(column(found.student_lse))
-    forward, reverse = column(found.forward_kl), column(found.reverse_kl)
-    beta = options.beta
-    if isinstance(beta, Tensor):
-        divergence = torch.where(beta.view(-1, 1) == 0, forward, reverse)
-        divergence = torch.where((beta.view(-1, 1) == 0) | (beta.view(-1, 1) == 1), divergence, math.nan)
-    else:
-        divergence = forward if beta == 0 else reverse
-    logprobs = [None, None]
-    if labels is not None:
-        logprobs = [
-            blank_labels(column(v), labels.view(-1, 1), student.shape[-1])
-            for v in (found.student_logprob, found.teacher_logprob)
-        ]
-    return RowStatistics(
-        student_shift=column(found.student_lse),
-        student_total=one,
-        teacher_shift=column(found.teacher_lse),
-        teacher_total=one,
-        log_ratio=torch.zeros_like(one),
-        divergence=divergence,
-        mean_ratio=reverse,
-        student_entropy=column(found.student_entropy),
-        teacher_entropy=column(found.teacher_entropy),
-        student_logprob=logprobs[0],
-        teacher_logprob=logprobs[1],
-    )
-
-
 def block_gradient(
-    block: Any,
+    block: Block,
     rows: RowStatistics,
     labels: Tensor | None,
     options: Options,
@@ -178,3 +85,141 @@ def block_gradient(
     """Gradient [R, V] for upstream gradients of divergence, logprob and entropy; None when nothing flows."""
     found = coefficients(rows, options, labels, block.student_e.shape[-1], **upstream)
     return None if found is None else logit_gradient(block, rows, found, labels, options, careful=careful)
+
+
+class Rows(NamedTuple):
+    """Statistics of N rows, [N] each, and what a gradient needs to know of them."""
+
+    divergence: Tensor
+    student_logprob: Tensor | None
+    teacher_logprob: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    normaliser: Tensor
+    """[6, N]: student_shift, teacher_shift, student_total, teacher_total, log_ratio, mean_ratio of RowStatistics."""
+    careful: bool
+
+
+def distillation_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    options: Options,
+    vocab: int,
+    dtype: torch.dtype,
+) -> Rows:
+    """Statistics of logits [N, V_s] and [N, V_t]; rows of weight 0 report 0 and on the CPU are never touched."""
+    live, dead = live_rows(weights)
+    found, careful = [], False
+    for rows in row_blocks(student.shape[0], vocab, student.device, live):
+        _, statistics, block_careful = block_statistics(
+            student[rows, :vocab],
+            teacher[rows, :vocab],
+            take(labels, rows),
+            take_options(options, rows),
+            dtype,
+            consume=isinstance(rows, Tensor),  # an index makes a copy, which is ours
+        )
+        found.append(statistics)
+        careful |= block_careful
+    joined = join_statistics(found)
+    columns = (joined.student_shift, joined.teacher_shift, joined.student_total, joined.teacher_total)
+    mean_ratio = torch.zeros_like(joined.log_ratio) if joined.mean_ratio is None else joined.mean_ratio
+    columns = (*columns, joined.log_ratio, mean_ratio)
+    n_rows = student.shape[0]
+    return Rows(
+        spread(joined.divergence, n_rows, live, dead),
+        spread(joined.student_logprob, n_rows, live, dead),
+        spread(joined.teacher_logprob, n_rows, live, dead),
+        spread(joined.student_entropy, n_rows, live, dead),
+        spread(joined.teacher_entropy, n_rows, live, dead),
+        torch.stack([spread(column, n_rows, live, dead) for column in columns]),
+        careful,
+    )
+
+
+def distillation_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    options: Options,
+    vocab: int,
+    normaliser: Tensor,
+    student_entropy: Tensor,
+    *,
+    careful: bool,
+    inplace: bool,
+    d_divergence: Tensor | None,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+) -> Tensor:
+    """Gradient [N, V_s] of the student's logits, in their dtype; with ``inplace`` written over them."""
+    live, dead = live_rows(weights)
+    upstream = {"d_divergence": d_divergence, "d_logprob": d_logprob, "d_entropy": d_entropy}
+    upstream = {k: v.view(-1, 1) / options.temperature for k, v in upstream.items() if v is not None}
+    gradient = student if inplace else torch.empty_like(student, memory_format=torch.contiguous_format)
+    if live is not None:
+        dead = weights == 0
+    for rows in row_blocks(student.shape[0], vocab, student.device, live):
+        known = known_statistics(normaliser[:, rows], student_entropy[rows])
+        chosen = take_options(options, rows)
+        block, *_ = open_block(
+            student[rows, :vocab],
+            teacher[rows, :vocab],
+            chosen,
+            normaliser.dtype,
+            known=known,
+            consume=isinstance(rows, Tensor),
+            slope=options.student_softcap is not None,
+        )
+        part = block_gradient(
+            block, known, take(labels, rows), chosen, careful=careful, **{k: v[rows] for k, v in upstream.items()}
+        )
+        gradient[rows, :vocab] = 0 if part is None else part.to(gradient.dtype)
+    gradient[:, vocab:] = 0
+    return gradient if dead is None else gradient.masked_fill_(dead.view(-1, 1), 0)
+
+
+def known_statistics(normaliser: Tensor, student_entropy: Tensor) -> RowStatistics:
+    """The statistics a gradient reads, back from ``Rows``."""
+    columns = [column.view(-1, 1) for column in normaliser]
+    return RowStatistics(
+        student_shift=columns[0],
+        teacher_shift=columns[1],
+        student_total=columns[2],
+        teacher_total=columns[3],
+        log_ratio=columns[4],
+        divergence=columns[5],  # not read
+        mean_ratio=columns[5],
+        student_entropy=student_entropy.view(-1, 1),
+        teacher_entropy=student_entropy.view(-1, 1),  # not read
+        student_logprob=None,
+        teacher_logprob=None,
+    )
+
+
+def live_rows(weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """How weight-0 rows are left out: an index of the others (CPU: never touched), or a mask [N] of them (no sync).
+
+    (None, None) when there are none to leave out.
+    """
+    if weights is None:
+        return None, None
+    dead = weights == 0
+    if weights.device.type != "cpu":
+        return None, dead
+    if not bool(dead.any()):
+        return None, None
+    return (~dead).nonzero().view(-1), None
+
+
+def spread(column: Tensor | None, n_rows: int, live: Tensor | None, dead: Tensor | None) -> Tensor | None:
+    """Column [R, 1] of the live rows as [N], with 0 in the others."""
+    if column is None:
+        return None
+    flat = column.reshape(-1)
+    if live is not None:
+        return flat.new_zeros(n_rows).index_copy_(0, live, flat)
+    return flat if dead is None else flat.masked_fill(dead, 0)

@@ -2,6 +2,11 @@
 
 available(device) -> None | reason      whether the kernels can run on tensors of that device
 row_statistics(...) -> RowStatistics    both KLs, log-probs, entropies and lse of each row, from one read
+mixture_divergence(...)                 generalised Jensen-Shannon divergence of each row, from a second read
+distillation_coefficients(...)          what flows into those statistics, as coefficients per row of
+logit_gradient(...)                     the gradient of the student's logits, elementwise
+set_autotune(on)                        time launch configurations instead of taking them from the table
+row_state, merge_states, finish_state   the same statistics from shards of the vocabulary
 """
 
 from __future__ import annotations
@@ -12,14 +17,37 @@ from typing import TYPE_CHECKING, Any
 from caop_kernels.backend import available, missing_triton
 
 if TYPE_CHECKING:
+    from caop_kernels.gradient import distillation_coefficients, logit_gradient
+    from caop_kernels.mixture import mixture_divergence
     from caop_kernels.row_stats import STATISTICS, RowStatistics, row_statistics
+    from caop_kernels.shards import finish_state, merge_states, row_state
+    from caop_kernels.tuning import set_autotune
 
-__all__ = ["STATISTICS", "RowStatistics", "available", "row_statistics"]
+__all__ = [
+    "STATISTICS",
+    "RowStatistics",
+    "available",
+    "distillation_coefficients",
+    "finish_state",
+    "logit_gradient",
+    "merge_states",
+    "mixture_divergence",
+    "row_state",
+    "row_statistics",
+    "set_autotune",
+]
 
 _HOME = {
     "STATISTICS": "caop_kernels.row_stats",
     "RowStatistics": "caop_kernels.row_stats",
+    "distillation_coefficients": "caop_kernels.gradient",
+    "finish_state": "caop_kernels.shards",
+    "logit_gradient": "caop_kernels.gradient",
+    "mixture_divergence": "caop_kernels.mixture",
+    "merge_states": "caop_kernels.shards",
+    "row_state": "caop_kernels.shards",
     "row_statistics": "caop_kernels.row_stats",
+    "set_autotune": "caop_kernels.tuning",
 }
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from caop_kernels.backend import missing_triton
 
 if TYPE_CHECKING:
-    from caop_kernels.aot import Resources, Variant
+    from caop_kernels.aot.listing import Resources
+    from caop_kernels.aot.variant import Variant
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,18 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         print("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled; unset it", file=sys.stderr)
         return 1
-    from caop_kernels import aot
+    from caop_kernels.aot.catalogue import variants
+    from caop_kernels.aot.compile import TARGETS, survey
 
     parser = argparse.ArgumentParser(prog="python -m caop_kernels.inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("--target", nargs="+", choices=list(aot.TARGETS), default=["sm_80", "sm_90"])
+    parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=["sm_80", "sm_90"])
     parser.add_argument("--variant", default="", help="only variants whose name contains this")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(arguments)
 
-    chosen = {variant.name: variant for variant in aot.variants() if options.variant in variant.name}
+    chosen = {variant.name: variant for variant in variants() if options.variant in variant.name}
     if not chosen:
         parser.error(f"no variant's name contains {options.variant!r}")
-    table = aot.survey(list(chosen), options.target)
+    table = survey(list(chosen), options.target)
     if options.json:
         import triton
 

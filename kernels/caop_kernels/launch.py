@@ -1,7 +1,7 @@
 """Launch configurations: the one table, by vendor and dtype, with the reason for each entry.
 
-Nothing is autotuned: the configuration follows from the device and the tensors alone, so a row's bits do not depend on
-which kernel happened to win a race. Tiles are [groups, threads, vector]: each thread owns `groups * vector` = 8 columns
+Nothing is autotuned unless `tuning.py` is switched on: the configuration follows from the device and the tensors alone,
+so a row's bits do not depend on which kernel happened to win a race. Tiles are [groups, threads, vector]: each thread owns `groups * vector` = 8 columns
 of a tile and its own online state, so the loop needs no shuffle and no barrier.
 
 The architecture enters through the vendor's warp width only: 256 threads are 8 warps of 32 on NVIDIA (sm_80 to sm_120)
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,8 +41,8 @@ _WARP_WIDTH = {"cuda": 32, "hip": 64, "xpu": 32}
 
 
 @dataclass(frozen=True)
-class StatisticsLaunch:
-    """How to launch the statistics kernel: tile [groups, threads, vector], tiles per trip of the loop, warps."""
+class RowLaunch:
+    """How to launch a kernel over chunks of rows: tile [groups, threads, vector], tiles per trip of the loop, warps."""
 
     groups: int
     threads: int
@@ -52,7 +53,7 @@ class StatisticsLaunch:
     num_stages: int = 1
 
     def constants(self) -> dict[str, int]:
-        """The constexpr arguments of the statistics kernel that this configuration fixes."""
+        """The constexpr arguments of such a kernel that this configuration fixes."""
         return {
             "CHUNK": CHUNK,
             "GROUPS": self.groups,
@@ -64,7 +65,7 @@ class StatisticsLaunch:
 
 def statistics_launch(
     backend: str, itemsize: int, *, aligned: bool, softcap: bool = False, double: bool = False
-) -> StatisticsLaunch:
+) -> RowLaunch:
     """The configuration for a Triton backend ("cuda", "hip", "xpu") and the byte size of the smaller logits dtype.
 
     Without alignment neighbouring threads take neighbouring columns (vector = 1): narrow loads, but coalesced ones.
@@ -72,11 +73,33 @@ def statistics_launch(
     a softcap or in float64, where arithmetic outweighs the loop by far and the longer body only costs registers.
     """
     vector = _VECTOR_BY_ITEMSIZE[itemsize] if aligned else 1
-    return StatisticsLaunch(
+    return RowLaunch(
         groups=ELEMENTS // vector,
         threads=THREADS,
         vector=vector,
         unroll=1 if softcap or double else 2,
+        num_warps=THREADS // _WARP_WIDTH.get(backend, 32),
+    )
+
+
+def mixture_launch(backend: str, itemsize: int, *, aligned: bool, lean: bool) -> RowLaunch:
+    """The configuration of the mixture's second read: the statistics kernel's tile, with two sums per thread only."""
+    return gradient_launch(backend, itemsize, aligned=aligned, lean=lean)
+
+
+def gradient_launch(backend: str, itemsize: int, *, aligned: bool, lean: bool) -> RowLaunch:
+    """The configuration of the elementwise gradient kernel; `itemsize` is that of the smallest dtype it touches.
+
+    The tile is the statistics kernel's. Nothing is carried from tile to tile, so one tile per trip keeps registers low
+    and occupancy, which hides the latency here, high; `lean` variants take two to halve the loop's own instructions, but
+    not without alignment, where sixteen addresses in flight took 128 registers.
+    """
+    vector = _VECTOR_BY_ITEMSIZE[itemsize] if aligned else 1
+    return RowLaunch(
+        groups=ELEMENTS // vector,
+        threads=THREADS,
+        vector=vector,
+        unroll=2 if lean and aligned else 1,
         num_warps=THREADS // _WARP_WIDTH.get(backend, 32),
     )
 
@@ -100,6 +123,18 @@ def backend_of(device: torch.device) -> str:
     if device.type == "cuda" and torch.version.hip is not None:
         return "hip"
     return device.type
+
+
+def fast_log2(backend: str, double: bool) -> bool:
+    """Whether a kernel may use the approximate base-2 logarithm of NVIDIA's special-function unit (inline assembly)."""
+    return backend == "cuda" and not double
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    """The Triton type of a kernel's arithmetic, for statistics of `dtype`."""
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:

@@ -26,6 +26,11 @@ z_s is a sum of its own because z_t + d loses it when the student is peaked and 
 product e_t * x cannot carry an infinity: with -inf stored as a large finite number, p_t = 1e-30 on a column the student
 excludes would look like an ordinary contribution.
 
+The state of a vocabulary shard, which travels between devices, has SHARD_FIELDS and adds, for the row's label,
+
+     10    y_s    u_s of the label, relative to m_s, where the label is among the columns (<= 0); else ABSENT = 1
+     11    y_t    u_t of the label, likewise
+
 A field belonging to a statistic that was not asked for holds no meaning; it is never read.
 """
 
@@ -35,6 +40,9 @@ import triton
 import triton.language as tl
 
 STATE_FIELDS = 10
+LABEL_FIELD = tl.constexpr(10)
+SHARD_FIELDS = tl.constexpr(12)
+ABSENT = tl.constexpr(1.0)
 
 # A finite stand-in for the exponent of a column whose logit is -inf: both sides excluded gives x = 0 exactly.
 EXCLUDED = tl.constexpr(-(2.0**100))
@@ -83,18 +91,18 @@ def merge(
 
 
 @triton.jit
-def store_state(pointer, stride, m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s):
-    """Write the ten fields at `pointer`, `stride` elements apart."""
-    tl.store(pointer, m_s)
-    tl.store(pointer + stride, m_t)
-    tl.store(pointer + 2 * stride, z_s)
-    tl.store(pointer + 3 * stride, z_t)
-    tl.store(pointer + 4 * stride, d)
-    tl.store(pointer + 5 * stride, a_s)
-    tl.store(pointer + 6 * stride, a_t)
-    tl.store(pointer + 7 * stride, c_t)
-    tl.store(pointer + 8 * stride, c_s)
-    tl.store(pointer + 9 * stride, s)
+def store_state(pointer, stride, mask, m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s):
+    """Write the ten fields at `pointer`, `stride` elements apart; `mask` may be None."""
+    tl.store(pointer, m_s, mask=mask)
+    tl.store(pointer + stride, m_t, mask=mask)
+    tl.store(pointer + 2 * stride, z_s, mask=mask)
+    tl.store(pointer + 3 * stride, z_t, mask=mask)
+    tl.store(pointer + 4 * stride, d, mask=mask)
+    tl.store(pointer + 5 * stride, a_s, mask=mask)
+    tl.store(pointer + 6 * stride, a_t, mask=mask)
+    tl.store(pointer + 7 * stride, c_t, mask=mask)
+    tl.store(pointer + 8 * stride, c_s, mask=mask)
+    tl.store(pointer + 9 * stride, s, mask=mask)
 
 
 @triton.jit

@@ -40,21 +40,24 @@ def test_every_target_is_compiled_with_every_variant(measured):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills_outside_float64(measured, target):
-    assert {n: r["spills"] for n, r in measured[target].items() if r["spills"] and not r["float64"]} == {}
+    """Elsewhere than on the targets with a budget, two loop invariants parked outside the loop are let pass."""
+    allowed = 0 if target in BUDGET["targets"] else 8
+    assert {n: r["spills"] for n, r in measured[target].items() if r["spills"] > allowed and not r["float64"]} == {}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_aligned_variants_load_128_bits_at_a_time(measured, target):
     aligned = {name: row["load_bits"] for name, row in measured[target].items() if row["aligned"]}
-    assert len(aligned) >= 15
+    assert len(aligned) >= 60
     assert {name: bits for name, bits in aligned.items() if set(bits) != {128}} == {}
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_statistics_loop_does_not_synchronise(measured, target):
+def test_the_loops_do_not_synchronise(measured, target):
+    """But for one: stores of a float32 gradient beside bfloat16 loads are laid out anew through shared memory."""
     loops = {name: row["synchronisations"] for name, row in measured[target].items() if row["pairs"]}
-    assert len(loops) >= 20
-    assert not any(loops.values()), loops
+    assert len(loops) >= 100
+    assert {name for name, count in loops.items() if count} <= {"gradient-fp32+bf16-aligned-everything"}
 
 
 @pytest.mark.parametrize("target", sorted(BUDGET["targets"]))
@@ -70,10 +73,18 @@ def test_registers_and_instructions_stay_within_the_record(measured, target):
     assert not over, over
 
 
-def test_the_main_variant_is_lean():
-    """About 25 instructions per pair for aligned bfloat16 logits without softcap, all statistics."""
-    for target in ("sm_80", "sm_90"):
-        assert BUDGET["targets"][target]["statistics-bf16-aligned"]["instructions"] <= 25.5
+LEAN = {
+    "statistics-bf16-aligned": 25.5,  # all statistics
+    "mixture-bf16-aligned": 29.0,
+    "gradient-bf16-aligned-everything": 20.0,  # divergence of either kind, log-probability and entropy
+}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("name", LEAN)
+def test_the_main_variants_are_lean(name, target):
+    """Instructions per (student, teacher) pair of aligned bfloat16 logits without softcap."""
+    assert BUDGET["targets"][target][name]["instructions"] <= LEAN[name]
 
 
 def test_the_table_for_readers(measured):

@@ -10,7 +10,7 @@ from oracle import pairwise, plain, statistics, weighted_mean
 
 from caop_fast import distillation_loss
 from caop_fast.losses import rows
-from caop_fast.losses.reference import Options, needs_care, open_block
+from caop_fast.losses.reference.divergence import Options, needs_care, open_block
 
 NAMES = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5, torch.float64: 1e-12}

@@ -1,0 +1,205 @@
+"""The distillation losses on the Triton kernels, in the terms of ``rows.py``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import Tensor
+
+from caop_fast.losses.outputs import RowStatistics
+from caop_fast.losses.reference.divergence import Options
+from caop_fast.losses.rows import Rows
+
+
+def unit_columns(logits: Tensor) -> Tensor:
+    """The logits with unit column stride, which the kernels read; copied only where they have another."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _scalars(options: Options) -> dict[str, Any]:
+    return {
+        "temperature": options.temperature,
+        "student_softcap": options.student_softcap,
+        "teacher_softcap": options.teacher_softcap,
+    }
+
+
+def distillation_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    options: Options,
+    vocab: int,
+) -> Rows:
+    """Statistics of logits [N, V_s] and [N, V_t] from one read of both; two for 0 < beta < 1."""
+    kernels = importlib.import_module("caop_kernels")
+    student, teacher = unit_columns(student), unit_columns(teacher)
+    per_row = isinstance(options.beta, Tensor)
+    asked = ["student_entropy", "teacher_entropy"]
+    if labels is not None:
+        asked += ["student_logprob", "teacher_logprob"]
+    if not per_row and not options.interior:
+        asked.append("forward_kl" if options.beta == 0 else "reverse_kl")
+    found = kernels.row_statistics(
+        student,
+        teacher,
+        labels,
+        beta=options.beta if per_row else None,
+        weights=weights,
+        vocab_size=vocab,
+        statistics=asked,
+        normaliser=True,
+        **_scalars(options),
+    )
+    if options.interior:
+        divergence = kernels.mixture_divergence(
+            student,
+            teacher,
+            found.normaliser,
+            beta=options.beta,
+            n_cols=vocab,
+            weights=weights,
+            **_scalars(options),
+        )
+    elif per_row:
+        divergence = found.divergence
+    else:
+        divergence = found.forward_kl if options.beta == 0 else found.reverse_kl
+    return Rows(
+        divergence,
+        found.student_logprob,
+        found.teacher_logprob,
+        found.student_entropy,
+        found.teacher_entropy,
+        found.normaliser,
+        True,
+    )
+
+
+def distillation_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    options: Options,
+    vocab: int,
+    normaliser: Tensor,
+    student_entropy: Tensor,
+    *,
+    inplace: bool,
+    d_divergence: Tensor | None,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+) -> Tensor:
+    """Gradient [N, V_s] of the student's logits, in their dtype; with ``inplace`` written over them."""
+    kernels = importlib.import_module("caop_kernels")
+    unit, teacher = unit_columns(student), unit_columns(teacher)
+    flows = d_divergence is not None
+    coefficients = kernels.distillation_coefficients(
+        normaliser,
+        n_cols=vocab,
+        labels=labels,
+        beta=options.beta,
+        temperature=options.temperature,
+        student_entropy=student_entropy,
+        d_divergence=d_divergence,
+        d_logprob=d_logprob,
+        d_entropy=d_entropy,
+    )
+    gradient = kernels.logit_gradient(
+        unit,
+        teacher,
+        coefficients,
+        labels=labels,
+        weights=weights,
+        vocab_size=vocab,
+        beta=options.beta if options.interior and flows else None,
+        ratio=flows and (isinstance(options.beta, Tensor) or options.beta > 0),
+        teacher=flows and (isinstance(options.beta, Tensor) or options.beta == 0),
+        log=d_entropy is not None,
+        label=d_logprob is not None,
+        inplace=inplace,
+        **_scalars(options),
+    )
+    return student.copy_(gradient) if inplace and unit is not student else gradient
+
+
+def token_rows(
+    logits: Tensor, labels: Tensor | None, weights: Tensor | None, temperature: float, softcap: float | None, vocab: int
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Log-probability, entropy and lse of logits [N, V] from one read, and the normaliser."""
+    found = importlib.import_module("caop_kernels").row_statistics(
+        unit_columns(logits),
+        None,
+        labels,
+        weights=weights,
+        temperature=temperature,
+        student_softcap=softcap,
+        vocab_size=vocab,
+        normaliser=True,
+    )
+    return found.student_logprob, found.student_entropy, found.student_lse, found.normaliser
+
+
+def token_gradient(
+    logits: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    normaliser: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    softcap: float | None,
+    vocab: int,
+    *,
+    inplace: bool,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    d_lse: Tensor | None,
+) -> Tensor:
+    """Gradient [N, V] of the logits, in their dtype; with ``inplace`` written over them."""
+    kernels = importlib.import_module("caop_kernels")
+    coefficients = kernels.distillation_coefficients(
+        normaliser,
+        n_cols=vocab,
+        labels=labels,
+        temperature=temperature,
+        student_entropy=entropy,
+        d_logprob=d_logprob,
+        d_entropy=d_entropy,
+        d_lse=d_lse,
+    )
+    unit = unit_columns(logits)
+    gradient = kernels.logit_gradient(
+        unit,
+        None,
+        coefficients,
+        labels=labels,
+        weights=weights,
+        temperature=temperature,
+        student_softcap=softcap,
+        vocab_size=vocab,
+        log=d_entropy is not None,
+        label=d_logprob is not None,
+        inplace=inplace,
+    )
+    return logits.copy_(gradient) if inplace and unit is not logits else gradient
+
+
+def row_state(student: Tensor, teacher: Tensor, labels: Tensor | None, options: Options, vocab: int) -> Tensor:
+    """The state [12, N] of a shard's logits."""
+    return importlib.import_module("caop_kernels").row_state(
+        unit_columns(student), unit_columns(teacher), labels, vocab_size=vocab, **_scalars(options)
+    )
+
+
+def merge_states(states: Tensor) -> Tensor:
+    """States [S, 12, N] in one, [12, N]."""
+    return importlib.import_module("caop_kernels").merge_states(states)
+
+
+def finish_state(state: Tensor, labels: Tensor | None) -> RowStatistics:
+    """The statistics of a state [12, N]."""
+    found = importlib.import_module("caop_kernels").finish_state(state, labels)
+    return RowStatistics(*(getattr(found, name) for name in RowStatistics._fields))

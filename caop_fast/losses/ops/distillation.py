@@ -1,0 +1,207 @@
+"""``caop_fast::distillation_rows``: row statistics of two tensors of logits, and their gradient.
+
+An operator, so that ``torch.compile`` takes it as a whole and nothing inside has to be traced: checks of values and the
+choice of rows look at data on the CPU.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from caop_fast.losses import checks, on_triton, rows
+from caop_fast.losses.reference.divergence import Options
+
+ONCE = "the distillation losses can be differentiated once: double backward through them is not supported"
+
+
+@torch.library.custom_op("caop_fast::distillation_rows", mutates_args=())
+def distillation_rows(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    beta_rows: Tensor | None,
+    beta: float,
+    temperature: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    vocab: int,
+    inplace: bool,
+    triton: bool,
+    validate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits [N, V_s], [N, V_t] to divergence, student_logprob, student_entropy, teacher_logprob, teacher_entropy [N].
+
+    The log-probabilities are empty without labels. The last two outputs are for the gradient: ``Rows.normaliser`` and
+    whether it has to be careful. Labels int64, weights and beta_rows in the dtype of the statistics. ``inplace`` is
+    about the backward.
+    """
+    if validate:
+        checks.check_labels(labels, vocab)
+        checks.check_weights(weights)
+        checks.check_beta(beta_rows)
+    dtype = checks.statistics_dtype((student, teacher))
+    options = Options(beta if beta_rows is None else beta_rows, temperature, student_softcap, teacher_softcap)
+    if triton:
+        found = on_triton.distillation_rows(student, teacher, labels, weights, options, vocab)
+    else:
+        found = rows.distillation_rows(student, teacher, labels, weights, options, vocab, dtype)
+    empty = [student.new_empty(0, dtype=dtype) for _ in range(2)]
+    return (
+        found.divergence,
+        empty[0] if found.student_logprob is None else found.student_logprob,
+        found.student_entropy,
+        empty[1] if found.teacher_logprob is None else found.teacher_logprob,
+        found.teacher_entropy,
+        found.normaliser,
+        torch.full((1,), found.careful, dtype=torch.bool),
+    )
+
+
+@distillation_rows.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    beta_rows: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    dtype = checks.statistics_dtype((student, teacher))
+    n_rows = student.shape[0]
+    label_rows = 0 if labels is None else n_rows
+    return (
+        *(student.new_empty(size, dtype=dtype) for size in (n_rows, label_rows, n_rows, label_rows, n_rows)),
+        student.new_empty((6, n_rows), dtype=dtype),
+        torch.empty((1,), dtype=torch.bool),
+    )
+
+
+def _gradient(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    beta_rows: Tensor | None,
+    normaliser: Tensor,
+    student_entropy: Tensor,
+    careful: Tensor,
+    d_divergence: Tensor | None,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    beta: float,
+    temperature: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    vocab: int,
+    triton: bool,
+    *,
+    inplace: bool,
+) -> Tensor:
+    options = Options(beta if beta_rows is None else beta_rows, temperature, student_softcap, teacher_softcap)
+    upstream = {
+        name: None if value is None else value.to(normaliser.dtype).contiguous()
+        for name, value in (("d_divergence", d_divergence), ("d_logprob", d_logprob), ("d_entropy", d_entropy))
+    }
+    arguments = (student, teacher, labels, weights, options, vocab, normaliser, student_entropy)
+    if triton:
+        return on_triton.distillation_gradient(*arguments, inplace=inplace, **upstream)
+    return rows.distillation_gradient(*arguments, careful=bool(careful), inplace=inplace, **upstream)
+
+
+@torch.library.custom_op("caop_fast::distillation_rows_backward", mutates_args=())
+def distillation_rows_backward(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    beta_rows: Tensor | None,
+    normaliser: Tensor,
+    student_entropy: Tensor,
+    careful: Tensor,
+    d_divergence: Tensor | None,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    beta: float,
+    temperature: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    vocab: int,
+    triton: bool,
+) -> Tensor:
+    """Gradient of the student's logits, [N, V_s] in their dtype, for what flows into the outputs, [N] each or None."""
+    return _gradient(
+        student, teacher, labels, weights, beta_rows, normaliser, student_entropy, careful, d_divergence, d_logprob,
+        d_entropy, beta, temperature, student_softcap, teacher_softcap, vocab, triton, inplace=False,
+    )  # fmt: skip
+
+
+@distillation_rows_backward.register_fake
+def _(student: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("caop_fast::distillation_rows_backward_", mutates_args=("student",))
+def distillation_rows_backward_(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    beta_rows: Tensor | None,
+    normaliser: Tensor,
+    student_entropy: Tensor,
+    careful: Tensor,
+    d_divergence: Tensor | None,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    beta: float,
+    temperature: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    vocab: int,
+    triton: bool,
+) -> None:
+    """The same, written over the student's logits."""
+    _gradient(
+        student, teacher, labels, weights, beta_rows, normaliser, student_entropy, careful, d_divergence, d_logprob,
+        d_entropy, beta, temperature, student_softcap, teacher_softcap, vocab, triton, inplace=True,
+    )  # fmt: skip
+
+
+def _once(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(ONCE)
+
+
+distillation_rows_backward.register_autograd(_once)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, teacher, labels, weights, beta_rows, *scalars, inplace, triton, _ = inputs
+    _, _, student_entropy, teacher_logprob, teacher_entropy, normaliser, careful = output
+    ctx.save_for_backward(student, teacher, labels, weights, beta_rows, normaliser, student_entropy, careful)
+    ctx.labelled = labels is not None
+    ctx.scalars, ctx.inplace, ctx.triton, ctx.consumed = scalars, inplace, triton, False
+    ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, normaliser, careful)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, d_divergence: Tensor | None, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 12
+    if ctx.consumed:
+        raise RuntimeError("inplace=True: the first backward wrote its gradient over student_logits; use inplace=False")
+    if not ctx.labelled:  # the log-probabilities were empty
+        d_logprob = None
+    if d_divergence is None and d_logprob is None and d_entropy is None:
+        return None, *nothing
+    arguments = (*ctx.saved_tensors, d_divergence, d_logprob, d_entropy, *ctx.scalars, ctx.triton)
+    if not ctx.inplace:
+        return distillation_rows_backward(*arguments), *nothing
+    ctx.consumed = True
+    distillation_rows_backward_(*arguments)
+    return arguments[0], *nothing
+
+
+distillation_rows.register_autograd(_backward, setup_context=_setup)

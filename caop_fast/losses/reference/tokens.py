@@ -1,0 +1,92 @@
+"""Statistics of one model's logits, on blocks of rows, in plain PyTorch.
+
+With a = z/T the tempered logits of a row and p = softmax(a):
+
+    lse = log sum exp(a)        log p(y) = a[y] - lse        H = -sum p log p
+
+    gradient with respect to a:    lse  p        log p(y)  [y] - p        H  -p (log p + H)
+
+A logit of -inf is an impossible token: it adds nothing to the entropy.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from caop_fast.losses.reference.divergence import EXCLUDED, blank_labels, label_logprob, temper
+
+
+class TokenBlock(NamedTuple):
+    """Statistics [R, 1] of a block of rows. lse = shift + log(total)."""
+
+    shift: Tensor
+    total: Tensor
+    lse: Tensor
+    entropy: Tensor
+    logprob: Tensor | None
+
+
+def _open(
+    logits: Tensor, temperature: float, softcap: float | None, dtype: torch.dtype, shift: Tensor | None, consume: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """u = a - shift and e = exp(u), [R, V]; the shift (the maxima by default); the softcap's derivative."""
+    a, slope, owned = temper(logits, temperature, softcap, dtype, consume=consume, slope=shift is not None)
+    shift = a.amax(-1, keepdim=True) if shift is None else shift
+    u = a.sub_(shift) if owned else a - shift
+    e = u.exp()
+    return u.clamp_(min=EXCLUDED), e, shift, slope
+
+
+def token_statistics(
+    logits: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    *,
+    consume: bool = False,
+) -> TokenBlock:
+    """Statistics of raw logits [R, V] in ``dtype``. ``consume`` allows overwriting the logits."""
+    u, e, shift, _ = _open(logits, temperature, softcap, dtype, None, consume)
+    total = e.sum(-1, keepdim=True)
+    log_total = total.log()
+    logprob = None if labels is None else label_logprob(u, log_total, labels)
+    if logprob is not None:  # an excluded label
+        logprob = logprob.masked_fill(logprob < EXCLUDED / 2, -torch.inf)
+    entropy = (log_total - e.mul_(u).sum(-1, keepdim=True) / total).clamp_(min=0)
+    return TokenBlock(shift, total, shift + log_total, entropy, logprob)
+
+
+def token_gradient(
+    logits: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    shift: Tensor,
+    total: Tensor,
+    entropy: Tensor,
+    *,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    d_lse: Tensor | None,
+    consume: bool = False,
+) -> Tensor:
+    """Gradient [R, V] of the raw logits for what flows into the statistics, [R, 1] each or None."""
+    u, e, _, slope = _open(logits, temperature, softcap, shift.dtype, shift, consume)
+    constant = torch.zeros_like(total) if d_lse is None else d_lse
+    label = None
+    if d_logprob is not None:
+        label = blank_labels(d_logprob, labels.view(-1, 1), e.shape[-1])
+        constant = constant - label
+    if d_entropy is None:
+        gradient = e.mul_(constant / total)
+    else:  # log p = u - log(total)
+        constant = constant - d_entropy * (entropy - total.log())
+        gradient = e.mul_(u.mul_(-d_entropy).add_(constant).div_(total))
+    if label is not None:
+        gradient.scatter_add_(-1, labels.view(-1, 1).clamp(0, e.shape[-1] - 1), label)
+    gradient = gradient if slope is None else gradient.mul_(slope)
+    return gradient.div_(temperature)

@@ -1,0 +1,19 @@
+"""Every variant that the budget covers, by name; names are stable and index the recorded budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from caop_kernels.aot import rows, topk
+from caop_kernels.aot.variant import Variant
+
+
+def variants() -> Iterator[Variant]:
+    """All variants of all kernels."""
+    return chain(rows.variants(), topk.variants())
+
+
+def find(name: str) -> Variant:
+    """The variant of that name."""
+    return next(v for v in variants() if v.name == name)

@@ -1,0 +1,59 @@
+"""Ahead-of-time compiles of kernel variants, in parallel. Needs no GPU.
+
+Do not import this with TRITON_INTERPRET=1: interpreted kernels cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from caop_kernels.aot.catalogue import find
+from caop_kernels.aot.listing import Resources, read_listing
+from caop_kernels.aot.variant import Variant
+
+TARGETS: Mapping[str, GPUTarget] = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def compile_variant(variant: Variant, target: GPUTarget) -> Any:
+    """Compile one variant for one target; returns Triton's compiled kernel (`.asm` holds PTX, cubin or amdgcn)."""
+    kernel = variant.kernel
+    constants = {**variant.constants, **(variant.hip_constants if target.backend == "hip" else {})}
+    signature = {n: "constexpr" if n in constants else variant.types[n] for n in kernel.arg_names}
+    attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in variant.divisible}
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": variant.num_warps[target.backend]}
+    if variant.num_stages is not None:
+        options["num_stages"] = variant.num_stages
+    return triton.compile(source, target=target, options=options)
+
+
+def measure(name: str, target: str) -> Resources:
+    """Compile the variant of that name for one of `TARGETS` and read its resources."""
+    variant = find(name)
+    return read_listing(compile_variant(variant, TARGETS[target]), variant)
+
+
+def survey(names: Sequence[str], targets: Sequence[str]) -> dict[str, dict[str, Resources]]:
+    """{target: {variant: Resources}}, compiled in parallel by processes (the compiler holds the lock)."""
+    jobs = [(name, target) for target in targets for name in names]
+    workers = min(os.cpu_count() or 1, 8, len(jobs))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(measure, *zip(*jobs, strict=True), chunksize=max(1, min(8, len(jobs) // (4 * workers))))
+        table: dict[str, dict[str, Resources]] = {}
+        for (name, target), figures in zip(jobs, found, strict=True):
+            table.setdefault(target, {})[name] = figures
+    return table

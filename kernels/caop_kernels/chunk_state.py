@@ -1,0 +1,238 @@
+"""The state of a chunk of columns of each row: the one read of both logits.
+
+Program (row, chunk) reduces one fixed chunk of columns to a state of `state.py`. Every thread keeps an online state of
+its own, in registers, and they are joined once at the end: the loop holds no barrier. No atomics: the bits of a row
+depend on that row, its strides and its alignment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+import triton
+import triton.language as tl
+
+from caop_kernels.launch import (
+    CHUNK,
+    RowLaunch,
+    backend_of,
+    compute_type,
+    current_device,
+    is_aligned,
+    statistics_launch,
+)
+from caop_kernels.state import EXCLUDED, FLOOR, STATE_FIELDS, rebase, store_state
+from caop_kernels.tile import load_logits, tile_columns
+from caop_kernels.tuning import chosen
+
+LOG2E = math.log2(math.e)
+
+# x of an excluded column is +-2^100; times this it overflows, while sums of ordinary x stay far from it.
+SUPPORT_SCALE_32 = tl.constexpr(2.0**64)
+SUPPORT_SCALE_64 = tl.constexpr(2.0**960)
+
+
+@triton.jit
+def accumulate(
+    m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s,
+    student, teacher, columns, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
+    GROUPS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr,
+    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, TEACHER: tl.constexpr, DIFFERENCE: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, ENTROPY_S: tl.constexpr, ENTROPY_T: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of columns [groups, threads * vector] to the states [threads], one per thread."""
+    # Groups before vector: both reductions stay inside a thread.
+    v_s = load_logits(student, columns, n_cols, inverse_cap_s, MASKED, SOFTCAP_S, COMPUTE)
+    v_s = tl.reshape(v_s, [GROUPS, THREADS, VECTOR])
+    new_m_s = tl.maximum(m_s, tl.max(tl.max(v_s, axis=2), axis=0) * scale_s)
+    new_m_t = m_t
+    if TEACHER:
+        v_t = load_logits(teacher, columns, n_cols, inverse_cap_t, MASKED, SOFTCAP_T, COMPUTE)
+        v_t = tl.reshape(v_t, [GROUPS, THREADS, VECTOR])
+        new_m_t = tl.maximum(m_t, tl.max(tl.max(v_t, axis=2), axis=0) * scale_t)
+    z_s, z_t, d, a_s, a_t, c_t, c_s = rebase(m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, new_m_s, new_m_t)
+
+    # Exponentials before the clamp: 2^-inf is 0, and NaN gets through (maximum may drop it).
+    u_s = tl.fma(v_s, tl.zeros_like(v_s) + scale_s, tl.zeros_like(v_s) - new_m_s[None, :, None])
+    e_s = tl.exp2(u_s)
+    z_s += tl.sum(tl.sum(e_s, axis=2), axis=0)
+    u_s = tl.maximum(u_s, EXCLUDED)
+    if ENTROPY_S:
+        a_s += tl.sum(tl.sum(e_s * u_s, axis=2), axis=0)
+    if TEACHER:
+        u_t = tl.fma(v_t, tl.zeros_like(v_t) + scale_t, tl.zeros_like(v_t) - new_m_t[None, :, None])
+        e_t = tl.exp2(u_t)
+        z_t += tl.sum(tl.sum(e_t, axis=2), axis=0)
+        u_t = tl.maximum(u_t, EXCLUDED)
+        if ENTROPY_T:
+            a_t += tl.sum(tl.sum(e_t * u_t, axis=2), axis=0)
+        x = u_t - u_s
+        if FORWARD or REVERSE:
+            if x.dtype == tl.float64:
+                s += tl.sum(tl.sum(x * SUPPORT_SCALE_64, axis=2), axis=0)
+            else:
+                s += tl.sum(tl.sum(x * SUPPORT_SCALE_32, axis=2), axis=0)
+        if FORWARD:
+            c_t += tl.sum(tl.sum(e_t * x, axis=2), axis=0)
+        if REVERSE:
+            c_s += tl.sum(tl.sum(e_s * x, axis=2), axis=0)
+        if DIFFERENCE:
+            d += tl.sum(tl.sum(e_s - e_t, axis=2), axis=0)
+    return new_m_s, new_m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def chunk_state_kernel(
+    student_ptr,  # [n_rows, >= n_cols], unit column stride
+    teacher_ptr,  # likewise, or None: the teacher's fields stay empty
+    weights_ptr,  # [n_rows], or None: a row of weight 0 is not read, and its state not written
+    states_ptr,  # [chunks, STATE_FIELDS, n_rows], COMPUTE
+    student_stride,
+    teacher_stride,
+    n_rows,
+    n_cols,
+    scale_s: tl.float64,  # log2(e) / T, times the cap where there is one
+    scale_t: tl.float64,
+    inverse_cap_s: tl.float64,
+    inverse_cap_t: tl.float64,
+    CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SOFTCAP_S: tl.constexpr,
+    SOFTCAP_T: tl.constexpr,
+    DIFFERENCE: tl.constexpr,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ENTROPY_S: tl.constexpr,
+    ENTROPY_T: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Program (row, chunk): reduce one chunk of columns of one row to a state."""
+    TILE: tl.constexpr = GROUPS * THREADS * VECTOR
+    TEACHER: tl.constexpr = teacher_ptr is not None
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    scale_s = tl.full((), scale_s, COMPUTE)
+    scale_t = tl.full((), scale_t, COMPUTE)
+    inverse_cap_s = tl.full((), inverse_cap_s, COMPUTE)
+    inverse_cap_t = tl.full((), inverse_cap_t, COMPUTE)
+    live = True
+    if weights_ptr is not None:
+        live = tl.load(weights_ptr + row) != 0
+    if live:
+        student = student_ptr + row * student_stride
+        if TEACHER:
+            teacher = teacher_ptr + row * teacher_stride
+        else:
+            teacher = student  # not read
+        zero = tl.zeros([THREADS], COMPUTE)
+        m_s, m_t = zero + FLOOR, zero + FLOOR
+        z_s, z_t, d, a_s, a_t, c_t, c_s, s = zero, zero, zero, zero, zero, zero, zero, zero
+
+        begin = chunk * CHUNK
+        offsets = begin + tile_columns(GROUPS, THREADS * VECTOR)
+        width = tl.minimum(n_cols - begin, CHUNK)
+        whole = width // TILE * TILE
+        for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
+            m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s = accumulate(
+                m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s,
+                student, teacher, start + offsets, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t, GROUPS,
+                THREADS, VECTOR, False, SOFTCAP_S, SOFTCAP_T, TEACHER, DIFFERENCE, FORWARD, REVERSE, ENTROPY_S,
+                ENTROPY_T, COMPUTE,
+            )  # fmt: skip
+        if whole < width:
+            m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s = accumulate(
+                m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s,
+                student, teacher, whole + offsets, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t, GROUPS,
+                THREADS, VECTOR, True, SOFTCAP_S, SOFTCAP_T, TEACHER, DIFFERENCE, FORWARD, REVERSE, ENTROPY_S,
+                ENTROPY_T, COMPUTE,
+            )  # fmt: skip
+
+        row_m_s = tl.max(m_s, axis=0)
+        row_m_t = tl.max(m_t, axis=0)
+        z_s, z_t, d, a_s, a_t, c_t, c_s = rebase(m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, row_m_s, row_m_t)
+        store_state(
+            states_ptr + chunk.to(tl.int64) * FIELDS * n_rows + row, n_rows, None,
+            row_m_s, row_m_t, tl.sum(z_s, axis=0), tl.sum(z_t, axis=0), tl.sum(d, axis=0), tl.sum(a_s, axis=0),
+            tl.sum(a_t, axis=0), tl.sum(c_t, axis=0), tl.sum(c_s, axis=0), tl.sum(s, axis=0),
+        )  # fmt: skip
+
+
+def statistics_flags(asked: Collection[str]) -> dict[str, bool]:
+    """Constexpr arguments of the kernel that compile out the sums nobody asked for."""
+    return {
+        "DIFFERENCE": not {"forward_kl", "reverse_kl", "normaliser"}.isdisjoint(asked),
+        "FORWARD": "forward_kl" in asked,
+        "REVERSE": "reverse_kl" in asked,
+        "ENTROPY_S": "student_entropy" in asked,
+        "ENTROPY_T": "teacher_entropy" in asked,
+    }
+
+
+def scalars(temperature: float, student_softcap: float | None, teacher_softcap: float | None) -> dict[str, float]:
+    """Scalar arguments that take raw logits (through tanh(z / cap) where there is a cap) to log2 units."""
+    return {
+        "scale_s": LOG2E / temperature * (student_softcap or 1.0),
+        "scale_t": LOG2E / temperature * (teacher_softcap or 1.0),
+        "inverse_cap_s": 1.0 / (student_softcap or 1.0),
+        "inverse_cap_t": 1.0 / (teacher_softcap or 1.0),
+    }
+
+
+def chunk_states(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    *,
+    n_cols: int,
+    dtype: torch.dtype,
+    asked: Collection[str],
+    weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+) -> torch.Tensor:
+    """States [chunks, STATE_FIELDS, N] in `dtype` of checked arguments with N >= 1; see `row_stats.row_statistics`."""
+    n_rows = student_logits.shape[0]
+    operands = [t for t in (student_logits, teacher_logits) if t is not None]
+    table = statistics_launch(
+        backend_of(student_logits.device),
+        min(t.element_size() for t in operands),
+        aligned=is_aligned(*operands),
+        softcap=student_softcap is not None or teacher_softcap is not None,
+        double=dtype == torch.float64,
+    )
+    chunks = triton.cdiv(n_cols, CHUNK)
+    states = student_logits.new_empty((chunks, STATE_FIELDS, n_rows), dtype=dtype)
+
+    def run(config: RowLaunch) -> None:
+        chunk_state_kernel[(n_rows, chunks)](
+            student_logits,
+            teacher_logits,
+            weights,
+            states,
+            student_logits.stride(0),
+            0 if teacher_logits is None else teacher_logits.stride(0),
+            n_rows,
+            n_cols,
+            **scalars(temperature, student_softcap, teacher_softcap),
+            SOFTCAP_S=student_softcap is not None,
+            SOFTCAP_T=teacher_softcap is not None,
+            COMPUTE=compute_type(dtype),
+            FIELDS=STATE_FIELDS,
+            **config.constants(),
+            **flags,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    flags = statistics_flags(asked)
+    key = ("statistics", n_cols, *(t.dtype for t in operands), student_softcap, teacher_softcap, *flags.values())
+    with current_device(student_logits.device):
+        run(chosen(key, student_logits.device, table, run))
+    return states

@@ -1,0 +1,409 @@
+"""Gradient with respect to the student's logits: one elementwise kernel for every loss that reads whole rows.
+
+With u_s = z_s k - shift_s, u_t = z_t k - shift_t, k = log2(e)/T (z after the softcap), and coefficients per row, times
+the derivative of the student's softcap:
+
+    dz = 2^u_s (constant + ratio * R + log * u_s) - teacher * 2^u_t + label * [column == label]
+
+    R = u_s - u_t    or, for an interior beta,    R = log2 p_s - log2 m    with m = beta p_t + (1 - beta) p_s
+
+R of the mixture comes from r = u_s - u_t - log_ratio alone: the larger of p_s, p_t exceeds m by the factor
+g = 1 - share (1 - 2^-|r|), where share is the weight of the smaller one. No underflow, no division.
+
+The shift is any number near the row's maximum in log2 units and the partition sums are part of the coefficients: were
+lse itself the shift, its rounding at large logits (5e-4 at 1e4) would scale the whole row. Coefficients of the
+distillation losses follow from what flows into divergence, log-probability, entropy and lse (nats), with z the sums of
+2^u over the row and A the coefficients of p_s, p_s R, p_s log p_s and p_t:
+
+    forward KL   A_p = 1, A_t = 1          log p_s(y)   A_p = -1, label = 1
+    reverse KL   A_r = 1, A_p = -E_s R     H_s          A_l = -1, A_p = -H_s
+    interior     (1 - beta) of the same    lse_s        A_p = 1
+
+    constant = (A_p - A_r lr - A_l ln z_s) / z_s    ratio = ln2 A_r / z_s    log = ln2 A_l / z_s    teacher = A_t / z_t
+
+(lr = ln z_s - ln z_t; for an interior beta R holds it already). All times 1/T.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from caop_kernels.chunk_state import scalars
+from caop_kernels.elementary import LN2, log2_below_one
+from caop_kernels.launch import (
+    CHUNK,
+    MERGE_ROWS,
+    RowLaunch,
+    backend_of,
+    compute_type,
+    current_device,
+    fast_log2,
+    gradient_launch,
+    is_aligned,
+    merge_warps,
+)
+from caop_kernels.tile import load_logits, narrow, tile_columns
+from caop_kernels.tuning import chosen
+
+IGNORE_INDEX = tl.constexpr(-100)
+COEFFICIENT_FIELDS = 8  # shift_s, shift_t, constant, ratio, log, teacher, label, log_ratio (log2 units), in this order
+
+# Where u stands for "impossible" here: below any u whose 2^u is not 0 and any gap that counts as finite (2^64), and
+# small enough for products with coefficients to stay finite.
+LOWEST = tl.constexpr(-(2.0**66))
+
+
+@triton.jit
+def gradient_tile(
+    student, teacher, out, columns, n_cols, n_out, label, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
+    shift_s, shift_t, c_constant, c_ratio, c_log, c_teacher, c_label, log_ratio, beta,
+    MASKED: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, RATIO: tl.constexpr, LOG: tl.constexpr,
+    TEACHER: tl.constexpr, LABEL: tl.constexpr, INTERIOR: tl.constexpr, FAST_LOG2: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one tile of columns of one row, stored in the dtype of `out`."""
+    v_s = load_logits(student, columns, n_cols, inverse_cap_s, MASKED, SOFTCAP_S, COMPUTE)
+    u_s = tl.fma(v_s, tl.zeros_like(v_s) + scale_s, tl.zeros_like(v_s) - shift_s)
+    e_s = tl.exp2(u_s)  # before the clamps, which may drop a NaN
+    if RATIO or TEACHER:
+        v_t = load_logits(teacher, columns, n_cols, inverse_cap_t, MASKED, SOFTCAP_T, COMPUTE)
+        u_t = tl.fma(v_t, tl.zeros_like(v_t) + scale_t, tl.zeros_like(v_t) - shift_t)
+    if TEACHER:
+        e_t = tl.exp2(u_t)
+    bracket = tl.zeros_like(u_s) + c_constant
+    if RATIO or LOG:
+        u_s = tl.maximum(u_s, LOWEST)
+    if RATIO:
+        r = u_s - tl.maximum(u_t, LOWEST)
+        if INTERIOR:
+            r -= log_ratio
+            share = tl.where(r >= 0, beta, 1.0 - beta)
+            g = 1.0 - share * (1.0 - tl.exp2(-tl.abs(r)))
+            r = tl.minimum(r, 0.0) - log2_below_one(g, FAST_LOG2)
+        bracket += c_ratio * r
+    if LOG:
+        bracket += c_log * u_s
+    gradient = e_s * bracket
+    if TEACHER:
+        gradient -= c_teacher * e_t
+    if LABEL:
+        gradient = tl.where(columns == label, gradient + c_label, gradient)
+    if SOFTCAP_S:
+        gradient *= 1.0 - v_s * v_s
+    if MASKED:
+        gradient = tl.where(columns < n_cols, gradient, 0.0)
+        tl.store(out + columns, narrow(gradient, out.dtype.element_ty), mask=columns < n_out)
+    else:
+        tl.store(out + columns, narrow(gradient, out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def gradient_kernel(
+    student_ptr,  # [n_rows, >= n_cols], unit column stride
+    teacher_ptr,  # likewise, or None
+    out_ptr,  # [n_rows, n_out]; may be the student's logits
+    coefficients_ptr,  # [COEFFICIENT_FIELDS, n_rows], COMPUTE
+    labels_ptr,  # [n_rows] int64, or None
+    weights_ptr,  # [n_rows], or None: rows of weight 0 are not read and get 0
+    student_stride,
+    teacher_stride,
+    out_stride,
+    n_rows,
+    n_cols,
+    n_out,
+    scale_s: tl.float64,  # log2(e) / T, times the cap where there is one
+    scale_t: tl.float64,
+    inverse_cap_s: tl.float64,
+    inverse_cap_t: tl.float64,
+    beta: tl.float64,
+    CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SOFTCAP_S: tl.constexpr,
+    SOFTCAP_T: tl.constexpr,
+    RATIO: tl.constexpr,
+    LOG: tl.constexpr,
+    TEACHER: tl.constexpr,
+    LABEL: tl.constexpr,
+    INTERIOR: tl.constexpr,
+    FAST_LOG2: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Program (row, chunk): the gradient of one chunk of columns of one row."""
+    TILE: tl.constexpr = GROUPS * THREADS * VECTOR
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1) * CHUNK
+    student = student_ptr + row * student_stride
+    out = out_ptr + row * out_stride
+    if teacher_ptr is not None:
+        teacher = teacher_ptr + row * teacher_stride
+    else:
+        teacher = student  # not read
+    offsets = begin + tile_columns(GROUPS, THREADS * VECTOR)
+    stop = tl.minimum(n_out - begin, CHUNK)
+
+    scale_s = tl.full((), scale_s, COMPUTE)
+    scale_t = tl.full((), scale_t, COMPUTE)
+    inverse_cap_s = tl.full((), inverse_cap_s, COMPUTE)
+    inverse_cap_t = tl.full((), inverse_cap_t, COMPUTE)
+    beta = tl.full((), beta, COMPUTE)
+    live = True
+    if weights_ptr is not None:
+        live = tl.load(weights_ptr + row) != 0
+    if live:
+        field = coefficients_ptr + row
+        rows = n_rows.to(tl.int64)
+        shift_s = tl.load(field)
+        shift_t = tl.load(field + rows)
+        c_constant = tl.load(field + 2 * rows)
+        c_ratio = tl.load(field + 3 * rows)
+        c_log = tl.load(field + 4 * rows)
+        c_teacher = tl.load(field + 5 * rows)
+        c_label = tl.load(field + 6 * rows)
+        log_ratio = tl.load(field + 7 * rows)
+        label = tl.full((), -1, tl.int32)
+        if LABEL:
+            label = tl.load(labels_ptr + row)
+            # As narrow as the columns it is compared with; -1 meets none of them.
+            label = tl.where((label >= 0) & (label < n_cols), label, -1).to(tl.int32)
+        whole = tl.maximum(tl.minimum(n_cols - begin, stop), 0) // TILE * TILE
+        for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
+            gradient_tile(
+                student, teacher, out, start + offsets, n_cols, n_out, label, scale_s, scale_t, inverse_cap_s,
+                inverse_cap_t, shift_s, shift_t, c_constant, c_ratio, c_log, c_teacher, c_label, log_ratio, beta,
+                False, SOFTCAP_S, SOFTCAP_T, RATIO, LOG, TEACHER, LABEL, INTERIOR, FAST_LOG2, COMPUTE,
+            )  # fmt: skip
+        for start in tl.range(whole, stop, TILE):
+            gradient_tile(
+                student, teacher, out, start + offsets, n_cols, n_out, label, scale_s, scale_t, inverse_cap_s,
+                inverse_cap_t, shift_s, shift_t, c_constant, c_ratio, c_log, c_teacher, c_label, log_ratio, beta,
+                True, SOFTCAP_S, SOFTCAP_T, RATIO, LOG, TEACHER, LABEL, INTERIOR, FAST_LOG2, COMPUTE,
+            )  # fmt: skip
+    else:
+        zero = tl.zeros([GROUPS, THREADS * VECTOR], out.dtype.element_ty)
+        for start in tl.range(0, stop, TILE):
+            tl.store(out + start + offsets, zero, mask=start + offsets < n_out)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def coefficients_kernel(
+    normaliser_ptr,  # [NORMALISER_FIELDS, n_rows] of row_stats.py, COMPUTE
+    entropy_ptr,  # [n_rows] student's entropy; read where d_entropy is given
+    d_divergence_ptr,  # [n_rows] each, COMPUTE, or None
+    d_logprob_ptr,
+    d_entropy_ptr,
+    d_lse_ptr,
+    beta_ptr,  # [n_rows] zeros and ones, or None
+    labels_ptr,  # [n_rows] int64, or None
+    out_ptr,  # [COEFFICIENT_FIELDS, n_rows], COMPUTE
+    n_rows,
+    n_cols,
+    beta: tl.float64,
+    inverse_temperature: tl.float64,
+    ROWS: tl.constexpr,
+    FORWARD: tl.constexpr,
+    INTERIOR: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One thread per row: what flows into the outputs, to coefficients of the gradient."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = rows < n_rows
+    step = n_rows.to(tl.int64)
+    factor = tl.full((), inverse_temperature, COMPUTE)
+    shift_s = tl.load(normaliser_ptr + rows, mask=mask, other=0.0)
+    shift_t = tl.load(normaliser_ptr + step + rows, mask=mask, other=0.0)
+    z_s = tl.load(normaliser_ptr + 2 * step + rows, mask=mask, other=1.0)
+    z_t = tl.load(normaliser_ptr + 3 * step + rows, mask=mask, other=1.0)
+    lr = tl.load(normaliser_ptr + 4 * step + rows, mask=mask, other=0.0)
+
+    zero = tl.zeros([ROWS], COMPUTE)
+    a_p, a_r, a_l, a_t, label = zero, zero, zero, zero, zero
+    if d_divergence_ptr is not None:
+        d = tl.load(d_divergence_ptr + rows, mask=mask, other=0.0) * factor
+        forward, reverse = d, d
+        if beta_ptr is not None:
+            chosen = tl.load(beta_ptr + rows, mask=mask, other=0.0)
+            bad = (chosen != 0) & (chosen != 1)  # NaN too
+            forward = tl.where(bad, float("nan"), tl.where(chosen == 0, d, 0.0))
+            reverse = tl.where(bad, float("nan"), tl.where(chosen == 1, d, 0.0))
+        elif INTERIOR:
+            reverse = d * (1.0 - tl.full((), beta, COMPUTE))
+        if FORWARD or beta_ptr is not None:
+            a_p += forward
+            a_t += forward
+        if (not FORWARD) or beta_ptr is not None:
+            mean_ratio = tl.load(normaliser_ptr + 5 * step + rows, mask=mask, other=0.0)
+            a_r += reverse
+            # An infinite divergence nothing flows into does no harm.
+            a_p -= tl.where(reverse == 0, 0.0, reverse * mean_ratio)
+    if d_logprob_ptr is not None:
+        y = tl.load(labels_ptr + rows, mask=mask, other=IGNORE_INDEX)
+        label = tl.load(d_logprob_ptr + rows, mask=mask, other=0.0) * factor
+        label = tl.where((y >= 0) & (y < n_cols), label, tl.where(y == IGNORE_INDEX, 0.0, float("nan")))
+        a_p -= label
+    if d_entropy_ptr is not None:
+        d = tl.load(d_entropy_ptr + rows, mask=mask, other=0.0) * factor
+        a_l -= d
+        a_p -= tl.where(d == 0, 0.0, d * tl.load(entropy_ptr + rows, mask=mask, other=0.0))
+    if d_lse_ptr is not None:
+        a_p += tl.load(d_lse_ptr + rows, mask=mask, other=0.0) * factor
+
+    constant = a_p - tl.where(a_l == 0, 0.0, a_l * tl.log(z_s))
+    if not INTERIOR:
+        constant -= tl.where(a_r == 0, 0.0, a_r * lr)
+    tl.store(out_ptr + rows, shift_s, mask=mask)
+    tl.store(out_ptr + step + rows, shift_t, mask=mask)
+    tl.store(out_ptr + 2 * step + rows, constant / z_s, mask=mask)
+    tl.store(out_ptr + 3 * step + rows, a_r * LN2 / z_s, mask=mask)
+    tl.store(out_ptr + 4 * step + rows, a_l * LN2 / z_s, mask=mask)
+    tl.store(out_ptr + 5 * step + rows, a_t / z_t, mask=mask)
+    tl.store(out_ptr + 6 * step + rows, label, mask=mask)
+    tl.store(out_ptr + 7 * step + rows, lr / LN2, mask=mask)
+
+
+def distillation_coefficients(
+    normaliser: torch.Tensor,
+    *,
+    n_cols: int,
+    labels: torch.Tensor | None = None,
+    beta: float | torch.Tensor = 0.0,
+    temperature: float = 1.0,
+    student_entropy: torch.Tensor | None = None,
+    d_divergence: torch.Tensor | None = None,
+    d_logprob: torch.Tensor | None = None,
+    d_entropy: torch.Tensor | None = None,
+    d_lse: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Coefficients [COEFFICIENT_FIELDS, N] of `logit_gradient` for what flows into the statistics of each row.
+
+    Args:
+        normaliser: as `row_statistics` returned it; for an interior beta with the mixture's mean ratio.
+        n_cols: number of columns compared; a label at or beyond it gives NaN.
+        labels: [N] int64; needed with `d_logprob`.
+        beta, temperature: as in the forward; beta a float, or [N] of zeros and ones.
+        student_entropy: [N]; needed with `d_entropy`.
+        d_divergence, d_logprob, d_entropy, d_lse: [N] each, contiguous, in the dtype of `normaliser`, or None.
+    """
+    n_rows = normaliser.shape[1]
+    labels = None if labels is None else labels.contiguous()
+    out = normaliser.new_empty((COEFFICIENT_FIELDS, n_rows))
+    if n_rows == 0:
+        return out
+    per_row = isinstance(beta, torch.Tensor)
+    with current_device(normaliser.device):
+        coefficients_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
+            normaliser,
+            student_entropy,
+            d_divergence,
+            d_logprob,
+            d_entropy,
+            d_lse,
+            beta.contiguous() if per_row else None,
+            labels,
+            out,
+            n_rows,
+            n_cols,
+            beta=0.0 if per_row else float(beta),
+            inverse_temperature=1.0 / temperature,
+            ROWS=MERGE_ROWS,
+            FORWARD=not per_row and beta == 0,
+            INTERIOR=is_interior(beta),
+            COMPUTE=compute_type(normaliser.dtype),
+            num_warps=merge_warps(backend_of(normaliser.device)),
+        )
+    return out
+
+
+def is_interior(beta: float | torch.Tensor) -> bool:
+    """Whether the divergence goes through the mixture of both distributions."""
+    return not isinstance(beta, torch.Tensor) and 0 < beta < 1
+
+
+def logit_gradient(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | None,
+    coefficients: torch.Tensor,
+    *,
+    labels: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    beta: float | None = None,
+    ratio: bool = False,
+    log: bool = False,
+    teacher: bool = False,
+    label: bool = False,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """The gradient [N, V_s] of the student's logits, in their dtype; columns from `vocab_size` on get 0.
+
+    Args:
+        student_logits: [N, V_s], unit column stride, any row stride.
+        teacher_logits: [N, V_t], likewise; may be None where neither `ratio` nor `teacher` is asked for.
+        coefficients: [COEFFICIENT_FIELDS, N] contiguous, in the dtype of computation (float32, or float64).
+        labels: [N] int64, read with `label`.
+        weights: [N], or None. Rows of weight 0 are not read; their gradient is 0.
+        temperature, student_softcap, teacher_softcap, vocab_size: as in the forward.
+        beta: the interior beta whose mixture `ratio` refers to; None for the plain log-ratio.
+        ratio, log, teacher, label: which terms of the gradient are there; the others are compiled out.
+        inplace: write over `student_logits` and return them.
+    """
+    n_rows, n_out = student_logits.shape
+    n_cols = n_out if vocab_size is None else vocab_size
+    out = student_logits if inplace else torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+    if n_rows == 0:
+        return out
+    reads_teacher = ratio or teacher
+    operands = [student_logits, out, *([teacher_logits] if reads_teacher else [])]
+    backend = backend_of(student_logits.device)
+    double = coefficients.dtype == torch.float64
+    table = gradient_launch(
+        backend,
+        min(t.element_size() for t in operands),
+        aligned=is_aligned(*operands),
+        lean=not (double or beta is not None or student_softcap is not None or teacher_softcap is not None),
+    )
+
+    def run(config: RowLaunch, target: torch.Tensor) -> None:
+        gradient_kernel[(n_rows, triton.cdiv(n_out, CHUNK))](
+            student_logits,
+            teacher_logits if reads_teacher else None,
+            target,
+            coefficients,
+            labels.contiguous() if label else None,
+            None if weights is None else weights.contiguous(),
+            student_logits.stride(0),
+            teacher_logits.stride(0) if reads_teacher else 0,
+            target.stride(0),
+            n_rows,
+            n_cols,
+            n_out,
+            **scalars(temperature, student_softcap, teacher_softcap),
+            beta=0.0 if beta is None else beta,
+            SOFTCAP_S=student_softcap is not None,
+            SOFTCAP_T=teacher_softcap is not None,
+            RATIO=ratio,
+            LOG=log,
+            TEACHER=teacher,
+            LABEL=label,
+            INTERIOR=beta is not None,
+            FAST_LOG2=fast_log2(backend, double),
+            COMPUTE=compute_type(coefficients.dtype),
+            **config.constants(),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    def rehearse(config: RowLaunch) -> None:  # never over the logits
+        run(config, torch.empty_like(out, memory_format=torch.contiguous_format) if inplace else out)
+
+    terms = (ratio, log, teacher, label, beta is not None, inplace)
+    key = ("gradient", n_out, n_cols, *(t.dtype for t in operands), student_softcap, teacher_softcap, *terms)
+    with current_device(student_logits.device):
+        run(chosen(key, student_logits.device, table, rehearse), out)
+    return out

@@ -1,0 +1,255 @@
+"""The divergence through a mixture (generalised Jensen-Shannon), by a second read of both logits.
+
+With m = beta p_t + (1 - beta) p_s and 0 < beta < 1 (GKD, arXiv 2306.13649):
+
+    D = beta sum p_t (log p_t - log m) + (1 - beta) sum p_s (log p_s - log m)
+
+Every column's m needs both partition sums, which is why one read cannot do it. In log2 units and relative to the
+student's partition sum, w_s = u_s and w_t = u_t + log2(z_s / z_t) are the two log-probabilities; r = w_s - w_t their
+difference, P = 2^max(w_s, w_t) the larger probability, P t with t = 2^-|r| the smaller, and share its weight in m:
+
+    log2 m = max(w_s, w_t) + log2 g      g = (1 - share) + share t = 1 - share (1 - t)
+
+No underflow and no division: m formed from probabilities would be 0, and its logarithm NaN, below log p of about -104.
+A column that both sides exclude adds 0; one that only one side excludes a finite term.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from caop_kernels.chunk_state import scalars
+from caop_kernels.elementary import LN2, log2_below_one
+from caop_kernels.launch import (
+    CHUNK,
+    MERGE_ROWS,
+    RowLaunch,
+    backend_of,
+    compute_type,
+    current_device,
+    fast_log2,
+    is_aligned,
+    merge_warps,
+    mixture_launch,
+)
+from caop_kernels.state import EXCLUDED
+from caop_kernels.tile import load_logits, tile_columns
+from caop_kernels.tuning import chosen
+
+MIXTURE_FIELDS = tl.constexpr(2)  # sums of p (log2 p - log2 m) under the student and under the teacher, times z_s
+
+
+@triton.jit
+def accumulate_mixture(
+    sum_s, sum_t, student, teacher, columns, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
+    m_s, m_t, log_ratio, beta,
+    GROUPS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr,
+    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, FAST_LOG2: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of columns to the two sums [threads], one per thread."""
+    v_s = load_logits(student, columns, n_cols, inverse_cap_s, MASKED, SOFTCAP_S, COMPUTE)
+    v_t = load_logits(teacher, columns, n_cols, inverse_cap_t, MASKED, SOFTCAP_T, COMPUTE)
+    w_s = tl.fma(v_s, tl.zeros_like(v_s) + scale_s, tl.zeros_like(v_s) - m_s)
+    w_t = tl.fma(v_t, tl.zeros_like(v_t) + scale_t, tl.zeros_like(v_t) - m_t)
+    w_s = tl.maximum(w_s, EXCLUDED)
+    w_t = tl.maximum(w_t, EXCLUDED) + log_ratio
+    r = w_s - w_t
+    gap = tl.abs(r)
+    larger = tl.exp2(tl.maximum(w_s, w_t))
+    t = tl.exp2(-gap)
+    share = tl.where(r >= 0, beta, 1.0 - beta)
+    below = -log2_below_one(1.0 - share * (1.0 - t), FAST_LOG2)  # log2 of (larger probability) / m
+    of_larger = larger * below
+    of_smaller = larger * t * (below - gap)
+    to_s = tl.where(r >= 0, of_larger, of_smaller)
+    to_t = tl.where(r >= 0, of_smaller, of_larger)
+    sum_s += tl.sum(tl.sum(tl.reshape(to_s, [GROUPS, THREADS, VECTOR]), axis=2), axis=0)
+    sum_t += tl.sum(tl.sum(tl.reshape(to_t, [GROUPS, THREADS, VECTOR]), axis=2), axis=0)
+    return sum_s, sum_t
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def mixture_kernel(
+    student_ptr,  # [n_rows, >= n_cols], unit column stride
+    teacher_ptr,
+    normaliser_ptr,  # [NORMALISER_FIELDS, n_rows] of row_stats.py, COMPUTE
+    weights_ptr,  # [n_rows], or None: a row of weight 0 is not read
+    sums_ptr,  # [chunks, MIXTURE_FIELDS, n_rows], COMPUTE
+    student_stride,
+    teacher_stride,
+    n_rows,
+    n_cols,
+    scale_s: tl.float64,
+    scale_t: tl.float64,
+    inverse_cap_s: tl.float64,
+    inverse_cap_t: tl.float64,
+    beta: tl.float64,
+    CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SOFTCAP_S: tl.constexpr,
+    SOFTCAP_T: tl.constexpr,
+    FAST_LOG2: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Program (row, chunk): the two sums over one chunk of columns of one row."""
+    TILE: tl.constexpr = GROUPS * THREADS * VECTOR
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    scale_s = tl.full((), scale_s, COMPUTE)
+    scale_t = tl.full((), scale_t, COMPUTE)
+    inverse_cap_s = tl.full((), inverse_cap_s, COMPUTE)
+    inverse_cap_t = tl.full((), inverse_cap_t, COMPUTE)
+    beta = tl.full((), beta, COMPUTE)
+    live = True
+    if weights_ptr is not None:
+        live = tl.load(weights_ptr + row) != 0
+    if live:
+        rows = n_rows.to(tl.int64)
+        student = student_ptr + row * student_stride
+        teacher = teacher_ptr + row * teacher_stride
+        m_s = tl.load(normaliser_ptr + row)
+        m_t = tl.load(normaliser_ptr + rows + row)
+        log_ratio = tl.load(normaliser_ptr + 4 * rows + row) / LN2
+        sum_s = tl.zeros([THREADS], COMPUTE)
+        sum_t = sum_s
+
+        begin = chunk * CHUNK
+        offsets = begin + tile_columns(GROUPS, THREADS * VECTOR)
+        width = tl.minimum(n_cols - begin, CHUNK)
+        whole = width // TILE * TILE
+        for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
+            sum_s, sum_t = accumulate_mixture(
+                sum_s, sum_t, student, teacher, start + offsets, n_cols, scale_s, scale_t, inverse_cap_s,
+                inverse_cap_t, m_s, m_t, log_ratio, beta,
+                GROUPS, THREADS, VECTOR, False, SOFTCAP_S, SOFTCAP_T, FAST_LOG2, COMPUTE,
+            )  # fmt: skip
+        if whole < width:
+            sum_s, sum_t = accumulate_mixture(
+                sum_s, sum_t, student, teacher, whole + offsets, n_cols, scale_s, scale_t, inverse_cap_s,
+                inverse_cap_t, m_s, m_t, log_ratio, beta,
+                GROUPS, THREADS, VECTOR, True, SOFTCAP_S, SOFTCAP_T, FAST_LOG2, COMPUTE,
+            )  # fmt: skip
+        pointer = sums_ptr + chunk.to(tl.int64) * MIXTURE_FIELDS * rows + row
+        tl.store(pointer, tl.sum(sum_s, axis=0))
+        tl.store(pointer + rows, tl.sum(sum_t, axis=0))
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_chunks"])
+def finish_mixture_kernel(
+    sums_ptr,  # [n_chunks, MIXTURE_FIELDS, n_rows]
+    normaliser_ptr,  # [NORMALISER_FIELDS, n_rows]; its last field becomes the mean ratio
+    weights_ptr,
+    divergence_ptr,  # [n_rows]
+    n_rows,
+    n_chunks,
+    beta: tl.float64,
+    ROWS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One thread per row: add the chunks in order; divergence and E_s[log p_s - log m] in nats."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = rows < n_rows
+    n_rows = n_rows.to(tl.int64)
+    live = mask
+    if weights_ptr is not None:
+        live = tl.load(weights_ptr + rows, mask=mask, other=0.0) != 0
+    beta = tl.full((), beta, COMPUTE)
+    sum_s = tl.zeros([ROWS], COMPUTE)
+    sum_t = sum_s
+    for i in tl.range(0, n_chunks):
+        pointer = sums_ptr + i * (MIXTURE_FIELDS * n_rows) + rows
+        sum_s += tl.load(pointer, mask=live, other=0.0)
+        sum_t += tl.load(pointer + n_rows, mask=live, other=0.0)
+    z_s = tl.load(normaliser_ptr + 2 * n_rows + rows, mask=live, other=1.0)
+    z_t = tl.load(normaliser_ptr + 3 * n_rows + rows, mask=live, other=1.0)
+    # The clamps of the second read may drop a NaN; the partition sums hold it.
+    nan = tl.where((z_s == z_s) & (z_t == z_t), 0.0, float("nan"))
+    mean_ratio = sum_s / z_s * LN2 + nan
+    divergence = (1.0 - beta) * mean_ratio + beta * (sum_t / z_s * LN2)
+    divergence = tl.where(divergence < 0, 0.0, divergence)
+    tl.store(divergence_ptr + rows, tl.where(live, divergence, 0.0), mask=mask)
+    tl.store(normaliser_ptr + 5 * n_rows + rows, tl.where(live, mean_ratio, 0.0), mask=mask)
+
+
+def mixture_divergence(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    normaliser: torch.Tensor,
+    *,
+    beta: float,
+    n_cols: int,
+    weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+) -> torch.Tensor:
+    """D(beta) of each row, [N] in nats, for 0 < beta < 1. Not differentiable.
+
+    Args:
+        student_logits, teacher_logits, weights, temperature, student_softcap, teacher_softcap: as given to
+            `row_statistics`, which has checked them.
+        normaliser: [NORMALISER_FIELDS, N] from there; its last field is overwritten with E_s[log p_s - log m].
+        beta: weight of the teacher in the mixture.
+        n_cols: how many columns to compare.
+    """
+    n_rows = student_logits.shape[0]
+    weights = None if weights is None else weights.contiguous()
+    dtype = normaliser.dtype
+    divergence = normaliser.new_empty(n_rows)
+    if n_rows == 0:
+        return divergence
+    backend = backend_of(student_logits.device)
+    double = dtype == torch.float64
+    softcap = student_softcap is not None or teacher_softcap is not None
+    table = mixture_launch(
+        backend,
+        min(student_logits.element_size(), teacher_logits.element_size()),
+        aligned=is_aligned(student_logits, teacher_logits),
+        lean=not (softcap or double),
+    )
+    chunks = triton.cdiv(n_cols, CHUNK)
+    sums = normaliser.new_empty((chunks, MIXTURE_FIELDS.value, n_rows))
+
+    def run(config: RowLaunch) -> None:
+        mixture_kernel[(n_rows, chunks)](
+            student_logits,
+            teacher_logits,
+            normaliser,
+            weights,
+            sums,
+            student_logits.stride(0),
+            teacher_logits.stride(0),
+            n_rows,
+            n_cols,
+            **scalars(temperature, student_softcap, teacher_softcap),
+            beta=beta,
+            SOFTCAP_S=student_softcap is not None,
+            SOFTCAP_T=teacher_softcap is not None,
+            FAST_LOG2=fast_log2(backend, double),
+            COMPUTE=compute_type(dtype),
+            **config.constants(),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    key = ("mixture", n_cols, student_logits.dtype, teacher_logits.dtype, student_softcap, teacher_softcap)
+    with current_device(student_logits.device):
+        run(chosen(key, student_logits.device, table, run))
+        finish_mixture_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
+            sums,
+            normaliser,
+            weights,
+            divergence,
+            n_rows,
+            chunks,
+            beta=beta,
+            ROWS=MERGE_ROWS,
+            COMPUTE=compute_type(dtype),
+            num_warps=merge_warps(backend),
+        )
+    return divergence

@@ -1,0 +1,213 @@
+"""States of vocabulary shards: made from a part of the columns, merged by any device, finished into statistics.
+
+    row_state      logits of a shard           -> state [SHARD_FIELDS, N]
+    merge_states   states [S, SHARD_FIELDS, N] -> state [SHARD_FIELDS, N]
+    finish_state   state                       -> RowStatistics
+
+`state.py` has the layout and the arithmetic. Merging is associative up to rounding; states merge in the order given.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from caop_kernels.backend import require
+from caop_kernels.checks import check_labels, check_logits, check_positive
+from caop_kernels.chunk_state import chunk_states, scalars
+from caop_kernels.elementary import tanh
+from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps
+from caop_kernels.row_stats import NORMALISER_FIELDS, STATISTICS, RowStatistics, finish_kernel
+from caop_kernels.state import ABSENT, FLOOR, LABEL_FIELD, SHARD_FIELDS, load_state, merge, store_state
+
+
+@triton.jit
+def join_labels(y, m, other_y, other_m, new_m):
+    """The label's exponent relative to the common maximum, from whichever of two states holds the label."""
+    y = tl.where(y <= 0, y + (m - new_m), y)
+    other_y = tl.where(other_y <= 0, other_y + (other_m - new_m), other_y)
+    return tl.where(other_y <= 0, other_y, y)
+
+
+@triton.jit
+def label_exponent(pointer, label, valid, m, scale, inverse_cap, SOFTCAP: tl.constexpr):
+    """u of the label, and ABSENT where it is not among the columns (nothing is read then)."""
+    v = tl.load(pointer + label, mask=valid, other=0.0).to(m.dtype)
+    if SOFTCAP:
+        v = tanh(v * inverse_cap)
+    return tl.where(valid, tl.fma(v, tl.zeros_like(v) + scale, -m), ABSENT)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_states"])
+def merge_states_kernel(
+    states_ptr,  # [n_states, FIELDS, n_rows]
+    out_ptr,  # [SHARD_FIELDS, n_rows]
+    student_ptr,  # logits that the states were made of, None where the states hold the label's exponent
+    teacher_ptr,
+    labels_ptr,  # [n_rows] int64, or None
+    student_stride,
+    teacher_stride,
+    n_rows,
+    n_states,
+    n_cols,
+    scale_s: tl.float64,
+    scale_t: tl.float64,
+    inverse_cap_s: tl.float64,
+    inverse_cap_t: tl.float64,
+    ROWS: tl.constexpr,
+    SOFTCAP_S: tl.constexpr,
+    SOFTCAP_T: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """One thread per row: merge the row's states in order."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = rows < n_rows
+    n_rows = n_rows.to(tl.int64)
+    zero = tl.zeros([ROWS], COMPUTE)
+    m_s, m_t = zero + FLOOR, zero + FLOOR
+    z_s, z_t, d, a_s, a_t, c_t, c_s, s = zero, zero, zero, zero, zero, zero, zero, zero
+    y_s, y_t = zero + ABSENT, zero + ABSENT
+    for i in tl.range(0, n_states):
+        pointer = states_ptr + i * (FIELDS * n_rows) + rows
+        o_m_s, o_m_t, o_z_s, o_z_t, o_d, o_a_s, o_a_t, o_c_t, o_c_s, o_s = load_state(pointer, n_rows, mask)
+        if FIELDS == SHARD_FIELDS:
+            o_y_s = tl.load(pointer + LABEL_FIELD * n_rows, mask=mask, other=1.0)
+            o_y_t = tl.load(pointer + (LABEL_FIELD + 1) * n_rows, mask=mask, other=1.0)
+            y_s = join_labels(y_s, m_s, o_y_s, o_m_s, tl.maximum(m_s, o_m_s))
+            y_t = join_labels(y_t, m_t, o_y_t, o_m_t, tl.maximum(m_t, o_m_t))
+        m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s = merge(
+            m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s,
+            o_m_s, o_m_t, o_z_s, o_z_t, o_d, o_a_s, o_a_t, o_c_t, o_c_s, o_s,
+        )  # fmt: skip
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + rows, mask=mask, other=-1)
+        valid = mask & (label >= 0) & (label < n_cols)
+        y_s = label_exponent(
+            student_ptr + rows * student_stride, label, valid, m_s,
+            tl.full((), scale_s, COMPUTE), tl.full((), inverse_cap_s, COMPUTE), SOFTCAP_S,
+        )  # fmt: skip
+        y_t = label_exponent(
+            teacher_ptr + rows * teacher_stride, label, valid, m_t,
+            tl.full((), scale_t, COMPUTE), tl.full((), inverse_cap_t, COMPUTE), SOFTCAP_T,
+        )  # fmt: skip
+    store_state(out_ptr + rows, n_rows, mask, m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s)
+    tl.store(out_ptr + LABEL_FIELD * n_rows + rows, y_s, mask=mask)
+    tl.store(out_ptr + (LABEL_FIELD + 1) * n_rows + rows, y_t, mask=mask)
+
+
+def _merge(
+    states: torch.Tensor,
+    student_logits: torch.Tensor | None,
+    teacher_logits: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    n_cols: int,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    n_states, fields, n_rows = states.shape
+    out = states.new_empty((SHARD_FIELDS.value, n_rows))
+    if n_rows == 0:
+        return out
+    with current_device(states.device):
+        merge_states_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
+            states,
+            out,
+            student_logits,
+            teacher_logits,
+            labels,
+            0 if student_logits is None else student_logits.stride(0),
+            0 if teacher_logits is None else teacher_logits.stride(0),
+            n_rows,
+            n_states,
+            n_cols,
+            **scalars(temperature, student_softcap, teacher_softcap),
+            ROWS=MERGE_ROWS,
+            SOFTCAP_S=student_softcap is not None,
+            SOFTCAP_T=teacher_softcap is not None,
+            COMPUTE=compute_type(states.dtype),
+            FIELDS=fields,
+            num_warps=merge_warps(backend_of(states.device)),
+        )
+    return out
+
+
+def row_state(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    """The state [SHARD_FIELDS, N] of a shard's logits [N, V_s] and [N, V_t]; arguments as in `row_statistics`.
+
+    labels: [N] int64 relative to the shard's first column; a label that is not among its columns is another shard's.
+    """
+    n_rows, n_cols = check_logits(student_logits, teacher_logits, vocab_size)
+    check_labels(labels, student_logits)
+    check_positive("temperature", temperature)
+    check_positive("student_softcap", student_softcap, optional=True)
+    check_positive("teacher_softcap", teacher_softcap, optional=True)
+    require(student_logits.device)
+    double = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
+    dtype = torch.float64 if double else torch.float32
+    options = {"temperature": temperature, "student_softcap": student_softcap, "teacher_softcap": teacher_softcap}
+    if n_rows == 0:
+        return student_logits.new_empty((SHARD_FIELDS.value, 0), dtype=dtype)
+    states = chunk_states(student_logits, teacher_logits, n_cols=n_cols, dtype=dtype, asked=STATISTICS, **options)
+    labels = None if labels is None else labels.contiguous()
+    return _merge(states, student_logits, teacher_logits, labels, n_cols, **options)
+
+
+def merge_states(states: torch.Tensor) -> torch.Tensor:
+    """The state [SHARD_FIELDS, N] of all columns, from those of disjoint shards, [S, SHARD_FIELDS, N]."""
+    require(states.device)
+    return _merge(states.contiguous(), None, None, None, 0)
+
+
+def finish_state(state: torch.Tensor, labels: torch.Tensor | None = None) -> RowStatistics:
+    """The statistics of a state [SHARD_FIELDS, N], and the normaliser that its gradient needs.
+
+    labels: [N] int64: log-probabilities are 0 where they are -100 and NaN where no shard held the label; None for none.
+    """
+    require(state.device)
+    state, n_rows = state.contiguous(), state.shape[1]
+    labels = None if labels is None else labels.contiguous()
+    outputs = {name: state.new_empty(n_rows) for name in STATISTICS}
+    if labels is None:
+        outputs["student_logprob"] = outputs["teacher_logprob"] = None
+    outputs["divergence"] = None
+    outputs["normaliser"] = state.new_empty((NORMALISER_FIELDS, n_rows))
+    if n_rows == 0:
+        return RowStatistics(**outputs)
+    with current_device(state.device):
+        finish_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
+            state,
+            None,
+            None,
+            labels,
+            None,
+            None,
+            *outputs.values(),
+            0,
+            0,
+            n_rows,
+            1,
+            0,
+            **scalars(1.0, None, None),
+            ROWS=MERGE_ROWS,
+            SOFTCAP_S=False,
+            SOFTCAP_T=False,
+            TEACHER=True,
+            FORWARD=True,
+            REVERSE=True,
+            COMPUTE=compute_type(state.dtype),
+            FIELDS=SHARD_FIELDS.value,
+            num_warps=merge_warps(backend_of(state.device)),
+        )
+    return RowStatistics(**outputs)
