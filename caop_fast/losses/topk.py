@@ -1,0 +1,152 @@
+"""The distillation loss against a sparse teacher: k ids and log-probabilities per token, full student logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from caop_fast.losses import checks
+from caop_fast.losses.backend import resolve_backend
+from caop_fast.losses.distillation import reduce_rows
+from caop_fast.losses.ops.topk import topk_rows
+from caop_fast.losses.outputs import DistillationOutput
+from caop_fast.losses.reference.topk import TAILS
+
+MAX_LISTED = 256
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def topk_distillation_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    tail: str = "bucket",
+    beta: float | Tensor = 0.0,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    student_softcap: float | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    inplace: bool = False,
+    backend: str = "auto",
+    validate: bool | None = None,
+) -> DistillationOutput:
+    """Divergence between a student and a teacher of which k log-probabilities per token are known, in nats.
+
+    ``loss``, ``divergence``, ``student_logprob`` and ``student_entropy`` are differentiable with respect to
+    ``student_logits``, in any mix, once; the teacher never is. ``student_logprob`` and ``student_entropy`` are those of
+    the student's full softmax, whatever ``tail`` says. ``reference/topk.py`` holds the formulas and their sources.
+
+    What the teacher did not list:
+
+    * ``"bucket"``: k + 1 outcomes, the last one everything else on both sides. The student's tail mass is summed over
+      the columns that are not listed, so e^-35 is exact. The teacher's is 1 - sum p; where the rounding of the
+      log-probabilities leaves nothing of it, it is taken as what that rounding can resolve,
+      ``eps(teacher_logprobs.dtype)/2 * sum p_i |log p_i|``, or reverse KL would be +inf by rounding. (It is 0 for a
+      one-hot teacher, log p = 0, whose reverse KL *is* +inf; where every column is listed; and, unless the
+      log-probabilities say otherwise, where the student excludes every other column.)
+    * ``"renormalize"``: both sides are renormalised over the k ids, and only those columns get a gradient.
+    * ``"ignore"``: the sum over the k ids of the divergence's terms with full-softmax probabilities, as it is:
+      it may be negative, and is not clamped.
+
+    A listed id the student excludes (-inf) makes forward KL +inf, one the teacher excludes and the student allows
+    reverse KL; log-probabilities below -2**64 count as -inf. Forward and reverse KL are summed as terms
+    ``p log(p/q) - p + q >= 0``, so rounding of the log-probabilities cannot make them negative.
+
+    Args:
+        student_logits: [..., V] float32, bfloat16, float16 or float64; any leading shape, N tokens in all.
+        teacher_ids: [..., k] integers in [0, V), distinct within a row, in any order; 1 <= k <= 256. -1 pads a row.
+        teacher_logprobs: [..., k] floating, log-probabilities of the teacher's *full* softmax at the same temperature;
+            values beside padding ids are not used. At most 0, or above by the rounding of a log-softmax (1e-3).
+        labels: [...] integers in [0, V), or -100 for none.
+        tail: "bucket", "renormalize" or "ignore", above.
+        beta: 0 = forward KL(teacher || student), 1 = reverse KL(student || teacher), between
+            ``beta KL(t||m) + (1-beta) KL(s||m)`` with ``m = beta p_t + (1-beta) p_s`` (GKD, arXiv 2306.13649); or a
+            tensor [...] of zeros and ones that chooses the KL per token.
+        temperature: divides the student's logits, > 0.
+        weights: [...], finite, >= 0, not differentiated. None means 1, and 0 where the label is -100. A row of weight 0
+            reports 0 everywhere, gets gradient 0, and may hold anything.
+        student_softcap: ``c * tanh(z / c)`` on the logits before the temperature; None for none.
+        vocab_size: take only the first columns as the vocabulary; None for all. Columns past it get gradient 0.
+        reduction: "mean" = sum(w D)/sum(w) (0 when all weights are 0), "sum", or "none" (w D per token).
+        inplace: the backward writes the gradient over ``student_logits`` (not a leaf, nor a view of one); a second
+            backward is an error.
+        backend: "torch", "triton", or "auto" (Triton on GPUs where it is installed).
+        validate: check values of tensors (ids, log-probabilities, labels, weights, beta), which makes the host wait
+            for a GPU; None does so on the CPU only. Unchecked, a bad id, label or beta entry gives NaN in its row.
+
+    Returns:
+        DistillationOutput; statistics are float32 (float64 when ``student_logits`` or ``teacher_logprobs`` are), with
+        the leading shape of the inputs. ``teacher_entropy`` is over the outcomes compared; ``teacher_logprob`` is the
+        log-probability *as listed*, also under "renormalize": NaN for a label that is not, 0 for the label -100.
+
+    Raises:
+        TypeError, ValueError: on bad arguments, naming the argument, what it got and what it takes.
+        RuntimeError: on a second derivative, or a second backward with ``inplace``.
+    """
+    checks.floating_tensor("student_logits", student_logits, min_ndim=2)
+    lead, columns = student_logits.shape[:-1], student_logits.shape[-1]
+    listed = _check_listed(teacher_ids, teacher_logprobs, lead)
+    device = checks.one_device(
+        {
+            "student_logits": student_logits,
+            "teacher_ids": teacher_ids,
+            "teacher_logprobs": teacher_logprobs,
+            "labels": labels,
+            "weights": weights,
+            "beta": beta,
+        }
+    )
+    vocab = checks.vocabulary(vocab_size, student_logits=columns)
+    dtype = checks.statistics_dtype((student_logits, teacher_logprobs))
+    label_ids = checks.label_ids(labels, lead, vocab, values=False)
+    row_weights = checks.row_weights(weights, label_ids, lead, dtype, values=False)
+    beta = checks.divergence_beta(beta, lead, dtype, values=False)
+    temperature = checks.positive("temperature", temperature)
+    student_softcap = checks.positive("student_softcap", student_softcap, optional=True)
+    checks.choice("tail", tail, TAILS)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.overwritable("student_logits", student_logits, inplace)
+    divergence, student_logprob, student_entropy, teacher_logprob, teacher_entropy, _ = topk_rows(
+        student_logits.reshape(-1, columns),
+        teacher_ids.reshape(-1, listed),
+        teacher_logprobs.detach().reshape(-1, listed),
+        label_ids,
+        row_weights,
+        beta if isinstance(beta, Tensor) else None,
+        tail,
+        0.0 if isinstance(beta, Tensor) else beta,
+        temperature,
+        student_softcap,
+        vocab,
+        inplace,
+        resolve_backend(backend, device) == "triton",
+        checks.checks_values(validate, device),
+    )
+    return DistillationOutput(
+        reduce_rows(divergence, row_weights, reduction, lead),
+        divergence.view(lead),
+        None if labels is None else student_logprob.view(lead),
+        None if labels is None else teacher_logprob.view(lead),
+        student_entropy.view(lead),
+        teacher_entropy.view(lead),
+    )
+
+
+def _check_listed(ids: Tensor, logprobs: Tensor, lead: torch.Size) -> int:
+    """The k of ids [..., k] and log-probabilities [..., k]."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"teacher_ids must be a torch.Tensor of integers, got {type(ids).__name__}")
+    if ids.dtype not in ID_DTYPES:
+        raise TypeError(f"teacher_ids must be integers (int64 or int32), got {ids.dtype}")
+    checks.floating_tensor("teacher_logprobs", logprobs)
+    if ids.shape[:-1] != lead or ids.ndim != len(lead) + 1 or not 1 <= ids.shape[-1] <= MAX_LISTED:
+        wanted = ", ".join([*map(str, lead), "k"])
+        raise ValueError(f"teacher_ids must have shape [{wanted}] with k in [1, {MAX_LISTED}], got {tuple(ids.shape)}")
+    if logprobs.shape != ids.shape:
+        raise ValueError(
+            f"teacher_logprobs must have the shape of teacher_ids, {tuple(ids.shape)}, got {tuple(logprobs.shape)}"
+        )
+    return ids.shape[-1]

@@ -1,0 +1,325 @@
+"""Statistics of a student against a sparse teacher, k ids and log-probabilities per row, from one read of the student.
+
+`topk_tail.py` reads the logits and leaves, per chunk of columns, the state of what is *not* listed. Here one program
+per row joins the chunks, gathers the k listed logits, and finishes (`topk_outcomes.py`):
+
+    lse        of the union of tail and listed columns: positive sums only
+    entropy    ln z - ln2 a / z, likewise
+    outcomes   the listed ids and, for tail = "bucket", everything else as one
+
+No atomics: the bits of a row depend on that row, its strides and its alignment.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from caop_kernels.backend import require
+from caop_kernels.checks import check_labels, check_logits, check_positive, check_rows
+from caop_kernels.elementary import LN2, tanh
+from caop_kernels.launch import backend_of, compute_type, current_device
+from caop_kernels.state import EXCLUDED, FLOOR
+from caop_kernels.topk_outcomes import TAILS, divergence_terms, student_outcomes, teacher_outcomes
+from caop_kernels.topk_tail import TAIL_FIELDS, lanes, tail_states
+
+LOG2E = math.log2(math.e)
+IGNORE_INDEX = tl.constexpr(-100)
+MAX_LISTED = 256
+NORMALISER_FIELDS = 4
+
+
+class TopkStatistics(NamedTuple):
+    """Per-row statistics, each [N] in nats; float32, or float64 when an input is."""
+
+    divergence: torch.Tensor
+    student_logprob: torch.Tensor | None
+    """Of the full softmax. None without labels, 0 where the label is -100, NaN where it is out of range."""
+    student_entropy: torch.Tensor
+    """Of the full softmax."""
+    teacher_logprob: torch.Tensor | None
+    """As listed; NaN for a label that is not."""
+    teacher_entropy: torch.Tensor
+    """Over the outcomes compared."""
+    normaliser: torch.Tensor
+    """[NORMALISER_FIELDS, N] for the gradient: m (log2 units) and z of the whole row, m and z of its tail."""
+
+
+@triton.jit
+def load_listed(
+    student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, scale, inverse_cap, SOFTCAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """(ids, valid, v, lp, bad): the list of a row, the student's logits there (after tanh), and whether an id is bad.
+
+    Lanes that list nothing are not valid and have v = 0 and lp = -inf. Nothing is read for an id out of range.
+    """
+    ids = tl.load(ids_ptr + row * k + lane, mask=lane < k, other=-1).to(tl.int64)
+    valid = (ids >= 0) & (ids < n_cols)
+    bad = tl.sum(((ids < -1) | (ids >= n_cols)).to(tl.int32), axis=0) > 0
+    lp = tl.load(logprobs_ptr + row * k + lane, mask=lane < k, other=float("-inf")).to(COMPUTE)
+    lp = tl.where(valid, lp, float("-inf"))
+    v = tl.load(student + ids, mask=valid, other=0.0).to(COMPUTE)
+    if SOFTCAP:
+        v = tanh(v * inverse_cap)
+    return ids, valid, v, lp, bad
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def topk_finish_kernel(
+    states_ptr,  # [n_rows, FIELDS, chunks]
+    student_ptr,
+    ids_ptr,  # [n_rows, k] integers
+    logprobs_ptr,  # [n_rows, k]
+    labels_ptr,  # [n_rows] int64, or None
+    weights_ptr,  # [n_rows], or None: rows of weight 0 report 0
+    beta_ptr,  # [n_rows] zeros and ones, or None
+    divergence_ptr,  # [n_rows] each
+    student_logprob_ptr,  # or None
+    student_entropy_ptr,
+    teacher_logprob_ptr,  # or None
+    teacher_entropy_ptr,
+    normaliser_ptr,  # [NORMALISER_FIELDS, n_rows]
+    student_stride,
+    k,
+    chunks,
+    n_rows,
+    n_cols,
+    scale: tl.float64,
+    inverse_cap: tl.float64,
+    resolution: tl.float64,
+    beta: tl.float64,
+    K_BLOCK: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """One program per row: join its chunks, gather what is listed, and form the statistics."""
+    row = tl.program_id(0).to(tl.int64)
+    live = True
+    if weights_ptr is not None:
+        live = tl.load(weights_ptr + row) != 0
+    scale = tl.full((), scale, COMPUTE)
+    inverse_cap = tl.full((), inverse_cap, COMPUTE)
+    beta = tl.full((), beta, COMPUTE)
+    divergence = tl.zeros((), COMPUTE)
+    student_logprob = tl.zeros((), COMPUTE)
+    student_entropy = tl.zeros((), COMPUTE)
+    teacher_logprob = tl.zeros((), COMPUTE)
+    teacher_entropy = tl.zeros((), COMPUTE)
+    if live:
+        student = student_ptr + row * student_stride
+        lane = tl.arange(0, K_BLOCK)
+        ids, valid, v, lp, bad = load_listed(
+            student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, scale, inverse_cap, SOFTCAP, COMPUTE
+        )
+
+        # The tail: all chunks at once, in an order that only the number of columns decides.
+        chunk = tl.arange(0, CHUNK_BLOCK)
+        state = states_ptr + row * (FIELDS * chunks) + chunk
+        chunk_m = tl.load(state, mask=chunk < chunks, other=FLOOR)
+        chunk_z = tl.load(state + chunks, mask=chunk < chunks, other=0.0)
+        chunk_a = tl.load(state + 2 * chunks, mask=chunk < chunks, other=0.0)
+        m_tail = tl.max(chunk_m, axis=0)
+        shift = chunk_m - m_tail
+        q = tl.exp2(shift)
+        z_tail = tl.sum(q * chunk_z, axis=0)
+        a_tail = tl.sum(q * (chunk_a + chunk_z * shift), axis=0)
+
+        # The whole row.
+        m = tl.maximum(m_tail, tl.max(tl.where(valid, v, float("-inf")), axis=0) * scale)
+        u = tl.fma(v, tl.zeros_like(v) + scale, tl.zeros_like(v) - m)
+        u = tl.where(valid, u, float("-inf"))
+        e = tl.exp2(u)
+        below = m_tail - m
+        z = tl.exp2(below) * z_tail + tl.sum(e, axis=0)
+        z = tl.where(z > 0, z, float("nan"))  # not one finite logit: no distribution
+        a = tl.exp2(below) * (a_tail + z_tail * below) + tl.sum(e * tl.maximum(u, EXCLUDED), axis=0)
+        student_entropy = tl.log(z) - a / z * LN2
+        student_entropy = tl.where(student_entropy < 0, 0.0, student_entropy)
+        step = n_rows.to(tl.int64)
+        tl.store(normaliser_ptr + row, m)
+        tl.store(normaliser_ptr + step + row, z)
+        tl.store(normaliser_ptr + 2 * step + row, m_tail)
+        tl.store(normaliser_ptr + 3 * step + row, z_tail)
+
+        full = tl.sum(valid.to(tl.int32), axis=0) >= n_cols
+        s, p_s = student_outcomes(u, m, z, m_tail, z_tail, lane, k, TAIL)
+        t, p_t = teacher_outcomes(lp, s, lane, k, full, tl.full((), resolution, COMPUTE), TAIL)
+        if beta_ptr is not None:
+            beta = tl.load(beta_ptr + row)
+        term, _ = divergence_terms(s, t, p_s, p_t, beta, FORWARD, REVERSE, TAIL)
+        divergence = tl.sum(term, axis=0)
+        teacher_entropy = tl.sum(tl.where(p_t == 0, 0.0, -(p_t * t)), axis=0)
+        teacher_entropy = tl.where(teacher_entropy < 0, 0.0, teacher_entropy)
+        if TAIL != 2:
+            divergence = tl.where(divergence < 0, 0.0, divergence)
+        broken = tl.sum((lp != lp).to(tl.int32), axis=0) > 0  # comparisons above may have dropped a NaN
+        teacher_entropy = tl.where(bad | broken, float("nan"), teacher_entropy)
+        student_entropy = tl.where(bad, float("nan"), student_entropy)
+        divergence = tl.where(bad | broken | (z != z), float("nan"), divergence)
+
+        if labels_ptr is not None:
+            label = tl.load(labels_ptr + row)
+            inside = (label >= 0) & (label < n_cols)
+            v_label = tl.load(student + label, mask=inside, other=0.0).to(COMPUTE)
+            if SOFTCAP:
+                v_label = tanh(v_label * inverse_cap)
+            student_logprob = (tl.fma(v_label, scale, -m) - tl.log2(z)) * LN2
+            student_logprob = tl.where(inside & (not bad), student_logprob, float("nan"))
+            match = valid & (ids == label)
+            found = tl.sum(match.to(tl.int32), axis=0) > 0
+            teacher_logprob = tl.sum(tl.where(match, lp, 0.0), axis=0)
+            teacher_logprob = tl.where(found & (not bad), teacher_logprob, float("nan"))
+            ignored = (label == IGNORE_INDEX) & (not bad)
+            student_logprob = tl.where(ignored, 0.0, student_logprob)
+            teacher_logprob = tl.where(ignored, 0.0, teacher_logprob)
+
+    tl.store(divergence_ptr + row, divergence)
+    tl.store(student_entropy_ptr + row, student_entropy)
+    tl.store(teacher_entropy_ptr + row, teacher_entropy)
+    if labels_ptr is not None:
+        tl.store(student_logprob_ptr + row, student_logprob)
+        tl.store(teacher_logprob_ptr + row, teacher_logprob)
+
+
+def finish_warps(backend: str, k: int) -> int:
+    """Warps of a program that works on one row's list: two lanes per thread, and no more than four warps."""
+    return max(1, min(4, lanes(k) // 64))
+
+
+def check_listed(ids: torch.Tensor, logprobs: torch.Tensor, logits: torch.Tensor) -> None:
+    """Ids [N, k] integers and log-probabilities [N, k] floating, on the device of the logits; values are not read."""
+    for name, value, kind in (("teacher_ids", ids, "integer"), ("teacher_logprobs", logprobs, "floating-point")):
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if not isinstance(value, torch.Tensor) or floating != (kind == "floating-point") or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be {kind}, got {getattr(value, 'dtype', type(value).__name__)}")
+        if value.dim() != 2 or value.shape[0] != logits.shape[0] or not 1 <= value.shape[1] <= MAX_LISTED:
+            raise ValueError(f"{name} must be [{logits.shape[0]}, 1 to {MAX_LISTED}], got {tuple(value.shape)}")
+        if value.device != logits.device:
+            raise ValueError(f"{name} must be on the logits' device {logits.device}, got {value.device}")
+    if ids.shape != logprobs.shape:
+        raise ValueError(
+            f"teacher_logprobs must have the shape of teacher_ids {tuple(ids.shape)}, got {tuple(logprobs.shape)}"
+        )
+
+
+def packed_ids(ids: torch.Tensor) -> torch.Tensor:
+    """Ids as the kernels take them: contiguous, int32 or int64."""
+    return (ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)).contiguous()
+
+
+def listed_constants(
+    tail: str, beta: float | torch.Tensor, temperature: float, softcap: float | None, logprobs: torch.Tensor
+) -> dict[str, object]:
+    """Arguments that every kernel working on a row's list takes."""
+    per_row = isinstance(beta, torch.Tensor)
+    return {
+        "beta_ptr": beta.contiguous() if per_row else None,
+        "beta": 0.0 if per_row else float(beta),
+        "scale": LOG2E / temperature * (softcap or 1.0),
+        "inverse_cap": 1.0 / (softcap or 1.0),
+        "resolution": torch.finfo(logprobs.dtype).eps / 2,
+        "TAIL": TAILS[tail],
+        "FORWARD": per_row or beta == 0,
+        "REVERSE": per_row or beta == 1,
+        "SOFTCAP": softcap is not None,
+    }
+
+
+def topk_statistics(
+    student_logits: torch.Tensor,
+    teacher_ids: torch.Tensor,
+    teacher_logprobs: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    weights: torch.Tensor | None = None,
+    tail: str = "bucket",
+    beta: float | torch.Tensor = 0.0,
+    temperature: float = 1.0,
+    student_softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> TopkStatistics:
+    """Divergence, log-probabilities and entropies of each row, from one read of the student's logits.
+
+    Args:
+        student_logits: [N, V], float32, bfloat16, float16 or float64; unit column stride, any row stride.
+        teacher_ids: [N, k] integers, 1 <= k <= 256; -1 pads a row. Distinct within a row. An id outside [-1, V) makes
+            its row NaN and reads nothing.
+        teacher_logprobs: [N, k], the teacher's full-softmax log-probabilities at the same temperature.
+        labels: [N] int64, or None. -100 gives log-probability 0; any other value outside [0, V) NaN.
+        weights: [N], or None. Rows of weight 0 are not read and report 0.
+        tail: "bucket", "renormalize" or "ignore".
+        beta: 0 forward KL, 1 reverse KL, between the generalised JSD; or [N] of zeros and ones (any other entry: NaN).
+        temperature, student_softcap: as everywhere; > 0.
+        vocab_size: only the first columns are the vocabulary.
+
+    Raises:
+        TypeError, ValueError: on a bad argument; the message names it.
+        RuntimeError: where the kernels cannot run.
+    """
+    n_rows, n_cols = check_logits(student_logits, None, vocab_size)
+    check_listed(teacher_ids, teacher_logprobs, student_logits)
+    check_labels(labels, student_logits)
+    check_rows("weights", weights, student_logits)
+    check_positive("temperature", temperature)
+    check_positive("student_softcap", student_softcap, optional=True)
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {tuple(TAILS)}, got {tail!r}")
+    require(student_logits.device)
+
+    double = torch.float64 in (student_logits.dtype, teacher_logprobs.dtype)
+    dtype = torch.float64 if double else torch.float32
+    found = {
+        name: None if labels is None and name.endswith("logprob") else student_logits.new_empty(n_rows, dtype=dtype)
+        for name in TopkStatistics._fields[:-1]
+    }
+    normaliser = student_logits.new_zeros((NORMALISER_FIELDS, n_rows), dtype=dtype)
+    if n_rows == 0:
+        return TopkStatistics(**found, normaliser=normaliser)
+
+    backend = backend_of(student_logits.device)
+    k = teacher_ids.shape[1]
+    ids, logprobs = packed_ids(teacher_ids), teacher_logprobs.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    listed = listed_constants(tail, beta, temperature, student_softcap, logprobs)
+    states = tail_states(
+        student_logits, ids, weights, n_cols=n_cols, dtype=dtype, softcap=student_softcap is not None,
+        scale=listed["scale"], inverse_cap=listed["inverse_cap"],
+    )  # fmt: skip
+    chunks = states.shape[2]
+    with current_device(student_logits.device):
+        topk_finish_kernel[(n_rows,)](
+            states,
+            student_logits,
+            ids,
+            logprobs,
+            None if labels is None else labels.contiguous(),
+            weights,
+            divergence_ptr=found["divergence"],
+            student_logprob_ptr=found["student_logprob"],
+            student_entropy_ptr=found["student_entropy"],
+            teacher_logprob_ptr=found["teacher_logprob"],
+            teacher_entropy_ptr=found["teacher_entropy"],
+            normaliser_ptr=normaliser,
+            chunks=chunks,
+            CHUNK_BLOCK=triton.next_power_of_2(chunks),
+            student_stride=student_logits.stride(0),
+            k=k,
+            n_rows=n_rows,
+            n_cols=n_cols,
+            K_BLOCK=lanes(k),
+            COMPUTE=compute_type(dtype),
+            FIELDS=TAIL_FIELDS,
+            **listed,
+            num_warps=finish_warps(backend, k),
+        )
+    return TopkStatistics(**found, normaliser=normaliser)

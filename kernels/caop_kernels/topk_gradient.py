@@ -1,0 +1,232 @@
+"""Gradient with respect to the student's logits against a sparse teacher.
+
+With h, p of `topk_outcomes.py`, H = sum h, q the softmax within the tail, and d, d_y, d_H what flows into divergence,
+log p_s(y) and entropy, a column's gradient (before 1/T and the softcap's derivative) is
+
+    listed       d (h_i - p_i H) + d_y ([i = y] - p_i) - d_H p_i (log p_i + entropy)
+    elsewhere    d (q_j h_tail - p_j H) + d_y ([j = y] - p_j) - d_H p_j (log p_j + entropy)
+
+where tail = "renormalize" has p_i = softmax within the list and 0 elsewhere in the first term, and "ignore" has
+h_tail = 0. Three kernels: one program per row forms the k listed values and the coefficients of the other columns,
+while the logits are still there; `gradient.py` writes every column by those coefficients, relative to the *tail's*
+maximum, so that a tail of e^-200 keeps its digits; the listed values then replace what that left in their columns. The
+order also makes it work in place.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from caop_kernels.elementary import LN2
+from caop_kernels.gradient import COEFFICIENT_FIELDS, logit_gradient
+from caop_kernels.launch import backend_of, compute_type, current_device
+from caop_kernels.topk import IGNORE_INDEX, finish_warps, listed_constants, load_listed, packed_ids
+from caop_kernels.topk_outcomes import BUCKET, IGNORE, divergence_terms, student_outcomes, teacher_outcomes
+from caop_kernels.topk_tail import lanes
+
+
+@triton.jit
+def flow(upstream, values):
+    """upstream * values, and 0 where nothing flows, so that an infinite value there does no harm."""
+    return tl.where(upstream == 0, 0.0, upstream * values)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def listed_gradient_kernel(
+    student_ptr,  # [n_rows, >= n_cols]
+    ids_ptr,  # [n_rows, k]
+    logprobs_ptr,  # [n_rows, k]
+    labels_ptr,  # [n_rows] int64, or None
+    weights_ptr,  # [n_rows], or None: rows of weight 0 get neither values nor coefficients
+    beta_ptr,  # [n_rows] zeros and ones, or None
+    normaliser_ptr,  # [NORMALISER_FIELDS, n_rows] of topk.py
+    entropy_ptr,  # [n_rows] the student's
+    d_divergence_ptr,  # [n_rows] each, COMPUTE, or None
+    d_logprob_ptr,
+    d_entropy_ptr,
+    values_ptr,  # [n_rows, k], COMPUTE: out
+    coefficients_ptr,  # [COEFFICIENT_FIELDS, n_rows], COMPUTE, zeros: out
+    student_stride,
+    k,
+    n_rows,
+    n_cols,
+    scale: tl.float64,
+    inverse_cap: tl.float64,
+    resolution: tl.float64,
+    beta: tl.float64,
+    inverse_temperature: tl.float64,
+    K_BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """One program per row: the gradient of the listed columns, and the coefficients of the others."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.full((), scale, COMPUTE)
+    beta = tl.full((), beta, COMPUTE)
+    live = True
+    if weights_ptr is not None:
+        live = tl.load(weights_ptr + row) != 0
+    if live:
+        step = n_rows.to(tl.int64)
+        m = tl.load(normaliser_ptr + row)
+        z = tl.load(normaliser_ptr + step + row)
+        m_tail = tl.load(normaliser_ptr + 2 * step + row)
+        z_tail = tl.load(normaliser_ptr + 3 * step + row)
+        factor = tl.full((), inverse_temperature, COMPUTE)
+        lane = tl.arange(0, K_BLOCK)
+        ids, valid, v, lp, bad = load_listed(
+            student_ptr + row * student_stride, ids_ptr, logprobs_ptr, row, lane, k, n_cols, scale,
+            tl.full((), inverse_cap, COMPUTE), SOFTCAP, COMPUTE,
+        )  # fmt: skip
+        u = tl.where(valid, tl.fma(v, tl.zeros_like(v) + scale, tl.zeros_like(v) - m), float("-inf"))
+        p = tl.exp2(u) / z
+        unit = tl.exp2(m_tail - m) / z  # p of a tail column is this times 2^(its u relative to m_tail)
+
+        value = tl.zeros([K_BLOCK], COMPUTE)
+        constant = tl.zeros((), COMPUTE)
+        if d_divergence_ptr is not None:
+            d = tl.load(d_divergence_ptr + row) * factor
+            broken = tl.sum((lp != lp).to(tl.int32), axis=0) > 0
+            d = tl.where(broken & (d != 0), float("nan"), d)
+            full = tl.sum(valid.to(tl.int32), axis=0) >= n_cols
+            s, p_s = student_outcomes(u, m, z, m_tail, z_tail, lane, k, TAIL)
+            t, p_t = teacher_outcomes(lp, s, lane, k, full, tl.full((), resolution, COMPUTE), TAIL)
+            if beta_ptr is not None:
+                beta = tl.load(beta_ptr + row)
+            _, h = divergence_terms(s, t, p_s, p_t, beta, FORWARD, REVERSE, TAIL)
+            total = tl.sum(h, axis=0)
+            value += flow(d, h - p_s * total)
+            if TAIL == BUCKET:
+                h_tail = tl.sum(tl.where(lane == k, h, 0.0), axis=0)
+                constant += flow(d, h_tail / z_tail - unit * total)
+            elif TAIL == IGNORE:
+                constant -= flow(d, unit * total)
+        if d_logprob_ptr is not None:
+            label = tl.load(labels_ptr + row)
+            d = tl.load(d_logprob_ptr + row) * factor
+            d = tl.where((label >= 0) & (label < n_cols), d, tl.where(label == IGNORE_INDEX, 0.0, float("nan")))
+            value += tl.where(ids == label, d, 0.0) - flow(d, p)
+            constant -= flow(d, unit)
+            tl.store(coefficients_ptr + 6 * step + row, d)
+        if d_entropy_ptr is not None:
+            entropy = tl.load(entropy_ptr + row)
+            d = tl.load(d_entropy_ptr + row) * factor
+            log_p = (u - tl.log2(z)) * LN2
+            value -= flow(d, tl.where(p == 0, 0.0, p * (log_p + entropy)))
+            constant -= flow(d, unit * ((m_tail - m - tl.log2(z)) * LN2 + entropy))
+            tl.store(coefficients_ptr + 4 * step + row, -flow(d, unit) * LN2)
+
+        constant = tl.where(z_tail == 0, 0.0, constant)  # a tail of -inf alone
+        if SOFTCAP:
+            value *= 1.0 - v * v
+        tl.store(coefficients_ptr + row, m_tail)
+        tl.store(coefficients_ptr + 2 * step + row, tl.where(bad, float("nan"), constant))
+        tl.store(values_ptr + row * k + lane, tl.where(bad, float("nan"), value), mask=lane < k)
+
+
+@triton.jit
+def scatter_kernel(
+    values_ptr,  # [n_rows, k]
+    ids_ptr,  # [n_rows, k]
+    weights_ptr,  # [n_rows], or None: rows of weight 0 stay as they are
+    out_ptr,  # [n_rows, >= n_cols]
+    out_stride,
+    k,
+    n_cols,
+    K_BLOCK: tl.constexpr,
+):
+    """One program per row: put the listed values in their columns."""
+    row = tl.program_id(0).to(tl.int64)
+    live = True
+    if weights_ptr is not None:
+        live = tl.load(weights_ptr + row) != 0
+    if live:
+        lane = tl.arange(0, K_BLOCK)
+        ids = tl.load(ids_ptr + row * k + lane, mask=lane < k, other=-1).to(tl.int64)
+        valid = (ids >= 0) & (ids < n_cols)
+        values = tl.load(values_ptr + row * k + lane, mask=valid, other=0.0)
+        tl.store(out_ptr + row * out_stride + ids, values.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+def topk_gradient(
+    student_logits: torch.Tensor,
+    teacher_ids: torch.Tensor,
+    teacher_logprobs: torch.Tensor,
+    labels: torch.Tensor | None,
+    normaliser: torch.Tensor,
+    student_entropy: torch.Tensor,
+    *,
+    weights: torch.Tensor | None = None,
+    tail: str = "bucket",
+    beta: float | torch.Tensor = 0.0,
+    temperature: float = 1.0,
+    student_softcap: float | None = None,
+    vocab_size: int | None = None,
+    d_divergence: torch.Tensor | None = None,
+    d_logprob: torch.Tensor | None = None,
+    d_entropy: torch.Tensor | None = None,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """The gradient [N, V] of the student's logits, in their dtype; columns from `vocab_size` on get 0.
+
+    Args:
+        student_logits ... vocab_size: as given to `topk_statistics`, which also made `normaliser` and
+            `student_entropy`.
+        d_divergence, d_logprob, d_entropy: [N] each, what flows into the statistics of that name, in the dtype of
+            `normaliser`; None for nothing.
+        inplace: write over `student_logits` and return them.
+    """
+    n_rows, n_out = student_logits.shape
+    k = teacher_ids.shape[1]
+    n_cols = n_out if vocab_size is None else vocab_size
+    backend = backend_of(student_logits.device)
+    ids, logprobs = packed_ids(teacher_ids), teacher_logprobs.contiguous()
+    labels = None if labels is None or d_logprob is None else labels.contiguous()
+    weights = None if weights is None else weights.contiguous()
+    values = normaliser.new_empty((n_rows, k))
+    coefficients = normaliser.new_zeros((COEFFICIENT_FIELDS, n_rows))
+    upstream = [
+        None if d is None else d.to(normaliser.dtype).contiguous() for d in (d_divergence, d_logprob, d_entropy)
+    ]
+    if n_rows:
+        with current_device(student_logits.device):
+            listed_gradient_kernel[(n_rows,)](
+                student_logits,
+                ids,
+                logprobs,
+                labels,
+                weights,
+                normaliser_ptr=normaliser,
+                entropy_ptr=student_entropy,
+                d_divergence_ptr=upstream[0],
+                d_logprob_ptr=upstream[1],
+                d_entropy_ptr=upstream[2],
+                values_ptr=values,
+                coefficients_ptr=coefficients,
+                student_stride=student_logits.stride(0),
+                k=k,
+                n_rows=n_rows,
+                n_cols=n_cols,
+                inverse_temperature=1.0 / temperature,
+                K_BLOCK=lanes(k),
+                COMPUTE=compute_type(normaliser.dtype),
+                **listed_constants(tail, beta, temperature, student_softcap, logprobs),
+                num_warps=finish_warps(backend, k),
+            )
+    out = logit_gradient(
+        student_logits, None, coefficients, labels=labels, weights=weights, temperature=temperature,
+        student_softcap=student_softcap, vocab_size=n_cols, log=d_entropy is not None, label=d_logprob is not None,
+        inplace=inplace,
+    )  # fmt: skip
+    if n_rows:
+        with current_device(student_logits.device):
+            scatter_kernel[(n_rows,)](
+                values, ids, weights, out, out.stride(0), k, n_cols, K_BLOCK=lanes(k),
+                num_warps=finish_warps(backend, k),
+            )  # fmt: skip
+    return out

@@ -1,0 +1,168 @@
+"""The one read of the student's logits against a sparse teacher: the state of the columns that are not listed.
+
+Program (row, chunk) reduces one fixed chunk of columns, without those listed, to
+
+    m = max u,   z = sum 2^(u - m),   a = sum 2^(u - m) (u - m)        u = z_s log2(e) / T (after the softcap)
+
+so the student's tail is a sum of its own, relative to its own maximum, and exact at any size. The row's ids come
+sorted: the loop over tiles holds the next one and blanks its column when it is reached. Every thread keeps an online
+state of its own; they are joined once at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from caop_kernels.launch import CHUNK, backend_of, compute_type, current_device, is_aligned, statistics_launch
+from caop_kernels.state import EXCLUDED, FLOOR
+from caop_kernels.tile import load_logits, tile_columns
+
+TAIL_FIELDS = 3  # m, z, a of a chunk
+
+
+@triton.jit
+def accumulate_tail(
+    m, z, a, student, columns, n_cols, scale, inverse_cap, sorted_ids, k, position, listed, stop,
+    GROUPS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Add the columns of one tile that are not listed; `listed`, at `position` of the list, is the next id to come."""
+    v = load_logits(student, columns, n_cols, inverse_cap, MASKED, SOFTCAP, COMPUTE)
+    while listed < stop:
+        v = tl.where(columns == listed, float("-inf"), v)
+        position += 1
+        listed = tl.load(sorted_ids + position, mask=position < k, other=2147483647)
+    v = tl.reshape(v, [GROUPS, THREADS, VECTOR])
+    # Groups before vector: both reductions stay inside a thread.
+    new_m = tl.maximum(m, tl.max(tl.max(v, axis=2), axis=0) * scale)
+    shift = m - new_m
+    q = tl.exp2(shift)
+    a = q * (a + z * shift)
+    z = q * z
+    u = tl.fma(v, tl.zeros_like(v) + scale, tl.zeros_like(v) - new_m[None, :, None])
+    e = tl.exp2(u)  # before the clamp: 2^-inf is 0, and NaN gets through (maximum may drop it)
+    z += tl.sum(tl.sum(e, axis=2), axis=0)
+    a += tl.sum(tl.sum(e * tl.maximum(u, EXCLUDED), axis=2), axis=0)
+    return new_m, z, a, position, listed
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def tail_kernel(
+    student_ptr,  # [n_rows, >= n_cols], unit column stride
+    sorted_ids_ptr,  # [n_rows, k] int32 ascending
+    weights_ptr,  # [n_rows], or None: rows of weight 0 are not read
+    states_ptr,  # [n_rows, TAIL_FIELDS, chunks], COMPUTE
+    student_stride,
+    k,
+    n_rows,
+    n_cols,
+    scale: tl.float64,  # log2(e) / T, times the cap where there is one
+    inverse_cap: tl.float64,
+    CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Program (row, chunk): reduce the columns of one chunk that are not listed to a state."""
+    TILE: tl.constexpr = GROUPS * THREADS * VECTOR
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    scale = tl.full((), scale, COMPUTE)
+    inverse_cap = tl.full((), inverse_cap, COMPUTE)
+    live = True
+    if weights_ptr is not None:
+        live = tl.load(weights_ptr + row) != 0
+    if live:
+        student = student_ptr + row * student_stride
+        sorted_ids = sorted_ids_ptr + row * k
+        begin = chunk * CHUNK
+        width = tl.minimum(n_cols - begin, CHUNK)
+        whole = width // TILE * TILE
+
+        lane = tl.arange(0, K_BLOCK)
+        ids = tl.load(sorted_ids + lane, mask=lane < k, other=2147483647)
+        position = tl.sum((ids < begin).to(tl.int32), axis=0)
+        listed = tl.load(sorted_ids + position, mask=position < k, other=2147483647)
+
+        columns = begin + tile_columns(GROUPS, THREADS * VECTOR)
+        zero = tl.zeros([THREADS], COMPUTE)
+        m, z, a = zero + FLOOR, zero, zero
+        for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
+            m, z, a, position, listed = accumulate_tail(
+                m, z, a, student, start + columns, n_cols, scale, inverse_cap, sorted_ids, k, position, listed,
+                begin + start + TILE, GROUPS, THREADS, VECTOR, False, SOFTCAP, COMPUTE,
+            )  # fmt: skip
+        if whole < width:
+            m, z, a, position, listed = accumulate_tail(
+                m, z, a, student, whole + columns, n_cols, scale, inverse_cap, sorted_ids, k, position, listed,
+                begin + width, GROUPS, THREADS, VECTOR, True, SOFTCAP, COMPUTE,
+            )  # fmt: skip
+
+        row_m = tl.max(m, axis=0)
+        shift = m - row_m
+        q = tl.exp2(shift)
+        chunks = tl.num_programs(1)
+        state = states_ptr + row * (FIELDS * chunks) + chunk
+        tl.store(state, row_m)
+        tl.store(state + chunks, tl.sum(q * z, axis=0))
+        tl.store(state + 2 * chunks, tl.sum(q * (a + z * shift), axis=0))
+
+
+def lanes(k: int) -> int:
+    """Width of the vector that holds k listed ids and the tail."""
+    return max(16, triton.next_power_of_2(k + 1))
+
+
+def tail_states(
+    student_logits: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    *,
+    n_cols: int,
+    dtype: torch.dtype,
+    softcap: bool,
+    scale: float,
+    inverse_cap: float,
+) -> torch.Tensor:
+    """States [N, TAIL_FIELDS, chunks] in `dtype` of the first `n_cols` columns of logits [N, V] without ids [N, k].
+
+    Arguments are checked by the caller. Rows of weight 0 are not read, and their states hold anything.
+    """
+    n_rows, k = ids.shape
+    config = statistics_launch(
+        backend_of(student_logits.device),
+        student_logits.element_size(),
+        aligned=is_aligned(student_logits),
+        softcap=softcap,
+        double=dtype == torch.float64,
+    )
+    chunks = triton.cdiv(n_cols, CHUNK)
+    states = student_logits.new_empty((n_rows, TAIL_FIELDS, chunks), dtype=dtype)
+    with current_device(student_logits.device):
+        tail_kernel[(n_rows, chunks)](
+            student_logits,
+            ids.clamp(-1, n_cols).to(torch.int32).sort(-1).values,
+            weights,
+            states,
+            student_logits.stride(0),
+            k,
+            n_rows,
+            n_cols,
+            scale,
+            inverse_cap,
+            K_BLOCK=lanes(k),
+            SOFTCAP=softcap,
+            COMPUTE=compute_type(dtype),
+            FIELDS=TAIL_FIELDS,
+            **config.constants(),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return states
