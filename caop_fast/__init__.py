@@ -11,34 +11,44 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from caop_fast.losses import (
+        CalibrationBins,
         ConfidenceOutput,
         DistillationOutput,
         RowStatistics,
         TokenStatistics,
+        calibration_bins,
         confidence_loss,
+        confidence_loss_from_logprobs,
         distillation_loss,
         finish_state,
         linear_distillation_loss,
         merge_states,
         row_state,
+        soft_ece,
         token_statistics,
+        topk_distillation_loss,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationBins",
     "ConfidenceOutput",
     "DistillationOutput",
     "RowStatistics",
     "TokenStatistics",
     "__version__",
+    "calibration_bins",
     "confidence_loss",
+    "confidence_loss_from_logprobs",
     "distillation_loss",
     "finish_state",
     "linear_distillation_loss",
     "merge_states",
     "row_state",
+    "soft_ece",
     "token_statistics",
+    "topk_distillation_loss",
 ]
 
 _LAZY = {name: "caop_fast.losses" for name in __all__ if name != "__version__"}

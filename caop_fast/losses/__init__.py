@@ -1,24 +1,41 @@
-"""Distillation and calibration losses for PyTorch. ``reference/`` holds the mathematics."""
+"""Distillation and calibration losses for PyTorch.
+
+Public functions are in the files of this folder, the operators behind them in ``ops/``, their definition in plain
+PyTorch in ``reference/``.
+"""
 
 from __future__ import annotations
 
-from caop_fast.losses.confidence import confidence_loss
+from caop_fast.losses.bins import calibration_bins, soft_ece
+from caop_fast.losses.confidence import confidence_loss, confidence_loss_from_logprobs
 from caop_fast.losses.distillation import distillation_loss
 from caop_fast.losses.linear import linear_distillation_loss
-from caop_fast.losses.outputs import ConfidenceOutput, DistillationOutput, RowStatistics, TokenStatistics
+from caop_fast.losses.outputs import (
+    CalibrationBins,
+    ConfidenceOutput,
+    DistillationOutput,
+    RowStatistics,
+    TokenStatistics,
+)
 from caop_fast.losses.states import finish_state, merge_states, row_state
 from caop_fast.losses.tokens import token_statistics
+from caop_fast.losses.topk import topk_distillation_loss
 
 __all__ = [
+    "CalibrationBins",
     "ConfidenceOutput",
     "DistillationOutput",
     "RowStatistics",
     "TokenStatistics",
+    "calibration_bins",
     "confidence_loss",
+    "confidence_loss_from_logprobs",
     "distillation_loss",
     "finish_state",
     "linear_distillation_loss",
     "merge_states",
     "row_state",
+    "soft_ece",
     "token_statistics",
+    "topk_distillation_loss",
 ]

@@ -9,7 +9,6 @@ from caop_fast.losses import checks
 from caop_fast.losses.backend import resolve_backend
 from caop_fast.losses.ops.distillation import distillation_rows
 from caop_fast.losses.outputs import DistillationOutput
-from caop_fast.losses.rows import live_rows, spread  # noqa: F401  (to go)
 
 
 def distillation_loss(

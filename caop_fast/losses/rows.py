@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from caop_fast.losses.backend import resolve_backend  # noqa: F401  (to go)
 from caop_fast.losses.reference.divergence import (
     Block,
     Options,

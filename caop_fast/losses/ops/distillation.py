@@ -55,7 +55,7 @@ def distillation_rows(
         empty[1] if found.teacher_logprob is None else found.teacher_logprob,
         found.teacher_entropy,
         found.normaliser,
-        torch.full((1,), found.careful, dtype=torch.bool),
+        student.new_full((0 if triton else 1,), found.careful, dtype=torch.bool),
     )
 
 
@@ -66,7 +66,14 @@ def _(
     labels: Tensor | None,
     weights: Tensor | None,
     beta_rows: Tensor | None,
-    *_: Any,
+    beta: float,
+    temperature: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    vocab: int,
+    inplace: bool,
+    triton: bool,
+    validate: bool,
 ) -> tuple[Tensor, ...]:
     dtype = checks.statistics_dtype((student, teacher))
     n_rows = student.shape[0]
@@ -74,7 +81,7 @@ def _(
     return (
         *(student.new_empty(size, dtype=dtype) for size in (n_rows, label_rows, n_rows, label_rows, n_rows)),
         student.new_empty((6, n_rows), dtype=dtype),
-        torch.empty((1,), dtype=torch.bool),
+        student.new_empty((0 if triton else 1,), dtype=torch.bool),
     )
 
 
@@ -107,7 +114,8 @@ def _gradient(
     arguments = (student, teacher, labels, weights, options, vocab, normaliser, student_entropy)
     if triton:
         return on_triton.distillation_gradient(*arguments, inplace=inplace, **upstream)
-    return rows.distillation_gradient(*arguments, careful=bool(careful), inplace=inplace, **upstream)
+    careful = student.device.type != "cpu" or bool(careful)  # elsewhere to look would make the host wait
+    return rows.distillation_gradient(*arguments, careful=careful, inplace=inplace, **upstream)
 
 
 @torch.library.custom_op("caop_fast::distillation_rows_backward", mutates_args=())

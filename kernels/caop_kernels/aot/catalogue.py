@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from caop_kernels.aot import rows, topk
+from caop_kernels.aot import calibration, rows, topk
 from caop_kernels.aot.variant import Variant
 
 
 def variants() -> Iterator[Variant]:
     """All variants of all kernels."""
-    return chain(rows.variants(), topk.variants())
+    return chain(rows.variants(), topk.variants(), calibration.variants())
 
 
 def find(name: str) -> Variant:

@@ -1,0 +1,301 @@
+"""Gradients of the confidence scores; formulas and candidates' arithmetic are those of `confidence.py`.
+
+For logits two launches: `column_gradient_kernel` writes -h p_j over every column in one elementwise read, then
+`candidate_gradient_kernel` writes the candidates' columns again, in full. The order of launches decides who is last,
+so no program has to wait for another. For log-probabilities the second kernel alone fills [N, C].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from caop_kernels.confidence import (
+    CONFIDENCE_NORMALISER_FIELDS,
+    candidate_logits,
+    candidate_warps,
+    clips,
+    expm1,
+    inside_slope,
+    load_upstream,
+    moments,
+    restrict,
+    score_slopes,
+)
+from caop_kernels.elementary import LN2
+from caop_kernels.launch import CHUNK, backend_of, compute_type, current_device, gradient_launch, is_aligned
+from caop_kernels.tile import load_logits, tile_columns
+
+
+@triton.jit
+def column_tile(
+    logits, out, columns, n_cols, n_out, scale, inverse_cap, m, factor,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """factor * 2^((v - m) scale) of one tile of columns, stored in the dtype of `out`; 0 from n_cols on."""
+    v = load_logits(logits, columns, n_cols, inverse_cap, MASKED, SOFTCAP, COMPUTE)
+    gradient = tl.exp2((v - m) * scale) * factor
+    if SOFTCAP:
+        gradient *= 1.0 - v * v
+    if MASKED:
+        gradient = tl.where(columns < n_cols, gradient, 0.0)
+        tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=columns < n_out)
+    else:
+        tl.store(out + columns, gradient.to(out.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def column_gradient_kernel(
+    logits_ptr,  # [n_rows, >= n_cols], unit column stride
+    weights_ptr,  # [n_rows], or None: rows of weight 0 are not read and get 0
+    normaliser_ptr,  # [CONFIDENCE_NORMALISER_FIELDS, n_rows]
+    d_loss_ptr,  # [n_rows] each, or None
+    d_outside_ptr,
+    out_ptr,  # [n_rows, n_out]
+    logits_stride,
+    out_stride,
+    n_rows,
+    n_cols,
+    n_out,
+    scale: tl.float64,  # log2(e) / T, times the cap where there is one
+    inverse_cap: tl.float64,
+    inverse_temperature: tl.float64,
+    outside_weight: tl.float64,
+    CHUNK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Program (row, chunk): -h p_j of one chunk of columns of one row, candidates or not."""
+    TILE: tl.constexpr = GROUPS * THREADS * VECTOR
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1) * CHUNK
+    logits = logits_ptr + row * logits_stride
+    out = out_ptr + row * out_stride
+    offsets = begin + tile_columns(GROUPS, THREADS * VECTOR)
+    stop = tl.minimum(n_out - begin, CHUNK)
+    scale = tl.full((), scale, COMPUTE)
+    inverse_cap = tl.full((), inverse_cap, COMPUTE)
+    live = True
+    if weights_ptr is not None:
+        live = tl.load(weights_ptr + row) != 0
+    if live:
+        rows = n_rows.to(tl.int64)
+        m = tl.load(normaliser_ptr + row)
+        z = tl.load(normaliser_ptr + rows + row)
+        h = inside_slope(
+            load_upstream(d_loss_ptr, row, COMPUTE),
+            load_upstream(d_outside_ptr, row, COMPUTE),
+            tl.load(normaliser_ptr + 2 * rows + row),
+            tl.full((), outside_weight, COMPUTE),
+        )
+        factor = -h / z * tl.full((), inverse_temperature, COMPUTE)
+        whole = tl.maximum(tl.minimum(n_cols - begin, stop), 0) // TILE * TILE
+        for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
+            column_tile(
+                logits, out, start + offsets, n_cols, n_out, scale, inverse_cap, m, factor, False, SOFTCAP, COMPUTE
+            )
+        for start in tl.range(whole, stop, TILE):
+            column_tile(
+                logits, out, start + offsets, n_cols, n_out, scale, inverse_cap, m, factor, True, SOFTCAP, COMPUTE
+            )
+    else:
+        zero = tl.zeros([GROUPS, THREADS * VECTOR], out.dtype.element_ty)
+        for start in tl.range(0, stop, TILE):
+            tl.store(out + start + offsets, zero, mask=start + offsets < n_out)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def candidate_gradient_kernel(
+    source_ptr,  # [n_rows, >= n_cols] logits, unit column stride; without ids [n_rows, C] log-probabilities
+    ids_ptr,  # [C] int64, or None
+    values_ptr,  # [C]
+    target_ptr,  # [n_rows]
+    weights_ptr,  # [n_rows], or None
+    normaliser_ptr,  # [CONFIDENCE_NORMALISER_FIELDS, n_rows], or None without ids
+    d_loss_ptr,  # [n_rows] each, or None
+    d_expected_ptr,
+    d_variance_ptr,
+    d_outside_ptr,
+    out_ptr,  # [n_rows, >= n_cols], of which the candidates' columns are written; without ids [n_rows, C]
+    source_stride,
+    out_stride,
+    n_rows,
+    n_cols,
+    n_candidates,
+    scale: tl.float64,  # log2(e) / T, times the cap where there is one
+    inverse_cap: tl.float64,
+    inverse_temperature: tl.float64,
+    outside_weight: tl.float64,
+    eps: tl.float64,
+    upper: tl.float64,  # 1 - eps
+    KIND: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Program (row): the gradient of the candidates, of their logits or of their log-probabilities."""
+    row = tl.program_id(0).to(tl.int64)
+    slots = tl.arange(0, CANDIDATES)
+    real = slots < n_candidates
+    source = source_ptr + row * source_stride
+    out = out_ptr + row * out_stride
+    live = True
+    if weights_ptr is not None:
+        live = tl.load(weights_ptr + row) != 0
+    if live:
+        values = tl.load(values_ptr + slots, mask=real, other=0.0)
+        target = tl.load(target_ptr + row)
+        if ids_ptr is not None:
+            m = tl.load(normaliser_ptr + row)
+            z = tl.load(normaliser_ptr + n_rows.to(tl.int64) + row)
+            ids, valid, v = candidate_logits(
+                source, ids_ptr, slots, real, n_cols, tl.full((), inverse_cap, COMPUTE), SOFTCAP, COMPUTE
+            )
+            relative = v - m
+        else:
+            relative = tl.load(source + slots, mask=real, other=0.0).to(COMPUTE)
+            z = tl.full((), 1.0, COMPUTE)
+        _, q, log_inside = restrict(relative, z, real, tl.full((), scale, COMPUTE), tl.full((), scale * LN2, COMPUTE))
+        expected, variance = moments(q, values)
+        d_loss = load_upstream(d_loss_ptr, row, COMPUTE)
+        d_outside = load_upstream(d_outside_ptr, row, COMPUTE)
+        gradient = tl.zeros([CANDIDATES], COMPUTE)
+        if d_loss_ptr is not None:
+            slopes = score_slopes(
+                q,
+                expected,
+                variance,
+                values,
+                real,
+                target,
+                tl.full((), eps, COMPUTE),
+                tl.full((), upper, COMPUTE),
+                KIND,
+            )
+            # A NaN loss that nothing flows into does no harm to the other outputs.
+            gradient += tl.where(d_loss == 0, 0.0, d_loss * slopes)
+        deviation = values - expected
+        if d_expected_ptr is not None:
+            gradient += load_upstream(d_expected_ptr, row, COMPUTE) * q * deviation
+        if d_variance_ptr is not None:
+            gradient += load_upstream(d_variance_ptr, row, COMPUTE) * q * (deviation * deviation - variance)
+        h = inside_slope(d_loss, d_outside, log_inside, tl.full((), outside_weight, COMPUTE))
+        if ids_ptr is not None:
+            outside = -expm1(tl.where(log_inside > 0, 0.0, log_inside))
+            gradient = (gradient + h * q * outside) * tl.full((), inverse_temperature, COMPUTE)
+            if SOFTCAP:
+                gradient *= 1.0 - v * v
+            tl.store(out + ids, gradient.to(out.dtype.element_ty), mask=valid)
+        else:
+            tl.store(out + slots, (gradient + h * q).to(out.dtype.element_ty), mask=real)
+    else:
+        if ids_ptr is None:
+            tl.store(out + slots, tl.zeros([CANDIDATES], out.dtype.element_ty), mask=real)
+
+
+def confidence_gradient(
+    source: torch.Tensor,
+    candidate_ids: torch.Tensor | None,
+    candidate_values: torch.Tensor,
+    target: torch.Tensor,
+    normaliser: torch.Tensor,
+    *,
+    kind: str,
+    outside_weight: float = 1.0,
+    weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    eps: float = 1e-6,
+    d_loss: torch.Tensor | None = None,
+    d_expected: torch.Tensor | None = None,
+    d_variance: torch.Tensor | None = None,
+    d_outside: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gradient of `source`, in its shape and dtype; columns from `vocab_size` on and rows of weight 0 get 0.
+
+    Args:
+        source, candidate_ids, candidate_values, target, kind, outside_weight, weights, temperature, softcap,
+            vocab_size, eps: as given to `confidence.confidence_scores`, which checks them.
+        normaliser: what that returned.
+        d_loss, d_expected, d_variance, d_outside: [N] what flows into the outputs, in their dtype, or None.
+    """
+    n_rows, n_out = source.shape
+    out = torch.empty_like(source, memory_format=torch.contiguous_format)
+    if n_rows == 0:
+        return out
+    n_cols = n_out if vocab_size is None else vocab_size
+    dtype = candidate_values.dtype
+    with_ids = candidate_ids is not None
+    d_loss, d_expected, d_variance, d_outside, weights = (
+        None if t is None else t.contiguous() for t in (d_loss, d_expected, d_variance, d_outside, weights)
+    )
+    backend = backend_of(source.device)
+    candidates = triton.next_power_of_2(candidate_values.shape[0])
+    scalars = {
+        "scale": math.log2(math.e) / temperature * (softcap or 1.0),
+        "inverse_cap": 1.0 / (softcap or 1.0),
+        "inverse_temperature": 1.0 / temperature if with_ids else 1.0,
+        "outside_weight": outside_weight,
+    }
+    with current_device(source.device):
+        if with_ids:
+            assert normaliser.shape == (CONFIDENCE_NORMALISER_FIELDS, n_rows)
+            config = gradient_launch(
+                backend,
+                source.element_size(),
+                aligned=is_aligned(source, out),
+                lean=softcap is None and dtype != torch.float64,
+            )
+            column_gradient_kernel[(n_rows, triton.cdiv(n_out, CHUNK))](
+                source,
+                weights,
+                normaliser,
+                d_loss,
+                d_outside,
+                out,
+                source.stride(0),
+                out.stride(0),
+                n_rows,
+                n_cols,
+                n_out,
+                **scalars,
+                SOFTCAP=softcap is not None,
+                COMPUTE=compute_type(dtype),
+                **config.constants(),
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+        candidate_gradient_kernel[(n_rows,)](
+            source,
+            None if candidate_ids is None else candidate_ids.contiguous(),
+            candidate_values.contiguous(),
+            target.to(dtype).contiguous(),
+            weights,
+            normaliser if with_ids else None,
+            d_loss,
+            d_expected,
+            d_variance,
+            d_outside,
+            out,
+            source.stride(0),
+            out.stride(0),
+            n_rows,
+            n_cols,
+            candidate_values.shape[0],
+            **scalars,
+            **clips(eps, dtype),
+            KIND=kind,
+            CANDIDATES=candidates,
+            SOFTCAP=softcap is not None,
+            COMPUTE=compute_type(dtype),
+            num_warps=candidate_warps(candidates),
+        )
+    return out
