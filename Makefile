@@ -1,6 +1,8 @@
 # Everything happens in .venv, which each target sets up for itself; nothing but python3, pip and make is needed.
 #   make demo        the whole story on a small real task, a few minutes on a CPU
 #   make test        the test suite (a few minutes; ARGS='-m "not slow"' leaves the compiler out)
+#   make test-full   the grid of the distillation losses' options in full instead of a pairwise cover: 1620 combinations
+#                    on both backends, the kernels in Triton's interpreter (about 15 minutes)
 #   make plant-errors  plants errors in a copy and demands that a test fails for each
 #   make lint        ruff
 #   make bench-quick our losses against straightforward PyTorch on this CPU: time and peak memory
@@ -12,13 +14,16 @@ ARGS     ?=
 VENV     := .venv
 PY       := $(VENV)/bin/python
 
-.PHONY: demo test plant-errors lint format bench-quick clean
+.PHONY: demo test test-full plant-errors lint format bench-quick clean
 
 demo: $(VENV)/.has-demo
 	$(PY) -m caop_fast.cli demo $(ARGS)
 
 test: $(VENV)/.has-dev
 	$(PY) -m pytest $(ARGS)
+
+test-full: $(VENV)/.has-dev
+	$(PY) -m pytest tests/losses/grid tests/losses/test_grid_interpreted.py --full-grid $(ARGS)
 
 plant-errors: $(VENV)/.has-dev
 	$(PY) tests/plant_errors.py $(ARGS)

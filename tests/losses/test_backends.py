@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import backend_runs
+import interpreted
 import pytest
 import torch
 from backend_runs import BACKENDS, BETAS, EXCLUDED_PAIRS, NEAR, OFFSETS
@@ -20,11 +20,11 @@ pytest.importorskip("triton", reason="Triton is not installed: there is one back
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    reason = interpreted.reason_to_skip()
+    if reason is not None:
+        pytest.skip(reason)
     command = [sys.executable, str(Path(backend_runs.__file__))]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if "does not work with NumPy" in run.stderr:
-        pytest.skip(run.stderr.strip().splitlines()[-1])
+    run = subprocess.run(command, env=interpreted.environment(), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)
 

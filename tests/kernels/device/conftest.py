@@ -37,6 +37,17 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nearest_bfloat16() -> None:
+    """Store bfloat16 rounded to the nearest, as GPUs do; the interpreter cuts."""
+    if not INTERPRETED or _reason_to_skip() is not None:
+        return
+    from fused import nearest_bfloat16
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.cast_impl = nearest_bfloat16(InterpreterBuilder.cast_impl)
+
+
 @pytest.fixture
 def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round a multiply-add once, as GPUs do; the interpreter rounds the product first, which shows at logits of 1e4."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-
 import caop_kernels
 import pytest
 import torch
+from memory import far_apart, forbid, guarded
 from row_oracle import FIELDS, logits, oracle
 
 INF = float("inf")
@@ -164,24 +162,12 @@ def test_no_rows_and_one_row(device):
     assert all(getattr(empty, name).shape == (0,) for name in FIELDS)
 
 
-def _guarded(rows: int, columns: int):
-    """A float32 [rows, columns] tensor with an unreadable page right before its first and right after its last byte."""
-    page, size = mmap.PAGESIZE, rows * columns * 4
-    assert size % page == 0
-    area = mmap.mmap(-1, size + 2 * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    libc = ctypes.CDLL(None, use_errno=True)
-    for address in (start, start + page + size):
-        assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(page), 0) == 0
-    return torch.frombuffer(area, dtype=torch.float32, count=rows * columns, offset=page).view(rows, columns)
-
-
 def test_a_label_out_of_range_reads_nothing(device):
     """The process would die of a segmentation fault if a label reached past the logits."""
     if device.type != "cpu":
         pytest.skip("guard pages exist for host memory only")
     rows, columns = 4, 1280  # not a whole tile: the masked tail ends at the guard as well
-    student, teacher = _guarded(rows, columns), _guarded(rows, columns)
+    student, teacher = guarded(rows, columns), guarded(rows, columns)
     student.copy_(torch.randn(rows, columns))
     teacher.copy_(torch.randn(rows, columns))
     for bad in (-1, -99, -101, columns, columns + 5, 2**40, -(2**40), 2**62, -(2**63), 2**63 - 1):
@@ -196,16 +182,45 @@ def test_a_label_out_of_range_reads_nothing(device):
 
 def test_offsets_beyond_two_to_the_31(device):
     """Four rows 2^30 elements apart; the memory between them is reserved but never touched."""
-    if device.type != "cpu":
-        apart = torch.empty(3 * 2**30 + 64, dtype=torch.float16, device=device)
-    else:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        apart = torch.frombuffer(mmap.mmap(-1, 2 * (3 * 2**30 + 64), flags=flags), dtype=torch.float16)
-    student = apart.as_strided((4, 40), (2**30, 1))
+    student = far_apart(4, 40, 2**30, torch.float16, device)
     source, teacher = logits("normal", 4, 40, torch.float16, device)
     student.copy_(source)
     labels = torch.tensor([0, 1, 2, 39], device=device)
     assert_close(caop_kernels.row_statistics(student, teacher, labels), oracle(source, teacher, labels))
+
+
+@pytest.mark.parametrize("asked", [FIELDS, ("forward_kl",), ("student_logprob", "teacher_entropy")])
+def test_rows_of_weight_zero_report_zero_and_are_not_read(device, asked):
+    """Interpreted, their logits lie in memory that must not be read: the process would die."""
+    student, teacher = logits("normal", 4, 1024, torch.float32, device)
+    weights = torch.tensor([0.25, 0.0, 3.0, 0.0], device=device)
+    labels = torch.tensor([5, 2**40, -100, 6], device=device)
+    live = torch.tensor([0, 2], device=device)
+    expected = oracle(student[live], teacher[live], labels[live])
+    if device.type == "cpu":
+        fenced = guarded(4, 1024), guarded(4, 1024)
+        for area, side in zip(fenced, (student, teacher), strict=True):
+            area.copy_(side)
+            forbid(area[1])
+            forbid(area[3])
+        student, teacher = fenced
+    else:
+        student[1], teacher[3], student[3] = float("nan"), INF, float("nan")
+    found = caop_kernels.row_statistics(student, teacher, labels, weights=weights, statistics=asked, normaliser=True)
+    for name in asked:
+        value = getattr(found, name)
+        assert value[[1, 3]].tolist() == [0, 0], name
+        torch.testing.assert_close(value[live].double().cpu(), expected[name], rtol=4e-6, atol=4e-6)
+    assert (found.normaliser[:, [1, 3]] == 0).all()
+    assert found.normaliser[:, live].isfinite().all()
+
+
+def test_weights_change_nothing_but_which_rows_count(device):
+    student, teacher = logits("normal", 3, 1031, torch.float32, device)
+    plain = caop_kernels.row_statistics(student, teacher)
+    weighted = caop_kernels.row_statistics(student, teacher, weights=torch.tensor([0.1, 7.0, 1e-30], device=device))
+    for name in ("forward_kl", "reverse_kl", "student_lse", "student_entropy"):
+        assert torch.equal(getattr(weighted, name), getattr(plain, name)), name
 
 
 GOOD = {"student_logits": torch.zeros(2, 8), "teacher_logits": torch.zeros(2, 8), "labels": torch.tensor([0, 1])}
@@ -232,6 +247,11 @@ BAD = [
     ({"vocab_size": 9}, ValueError, "vocab_size"),
     ({"vocab_size": 8.0}, TypeError, "vocab_size"),
     ({"vocab_size": True}, TypeError, "vocab_size"),
+    ({"weights": torch.zeros(3)}, ValueError, "weights"),
+    ({"weights": torch.zeros(2, dtype=torch.int64)}, TypeError, "weights"),
+    ({"beta": torch.zeros(2, 1)}, ValueError, "beta"),
+    ({"beta": torch.zeros(2), "teacher_logits": None}, ValueError, "beta.*teacher_logits"),
+    ({"teacher_logits": None, "statistics": ("forward_kl",)}, ValueError, "statistics"),
     ({"statistics": ("forward",)}, ValueError, "statistics"),
     ({"statistics": ()}, ValueError, "statistics"),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import caop_kernels
 import pytest
 import torch
@@ -135,3 +137,61 @@ def test_without_labels_there_are_no_log_probabilities(device):
     found = caop_kernels.row_statistics(student, teacher)
     assert found.student_logprob is None
     assert found.teacher_logprob is None
+
+
+STUDENT = ("student_lse", "student_logprob", "student_entropy")
+
+
+@pytest.mark.parametrize("cap", [None, 12.0])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("v", [1031, 20000])
+def test_the_student_alone(device, v, dtype, cap):
+    student, _ = logits("peaked", 4, v, DTYPES[dtype], device)
+    labels = torch.tensor([0, v - 1, -100, v], device=device)
+    options = {"temperature": 0.7, "student_softcap": cap}
+    found = caop_kernels.row_statistics(student, None, labels, normaliser=True, **options)
+    expected = oracle(student, student, labels, **options)
+    tolerance = 1e-11 if dtype == "fp64" else 4e-6
+    for name in FIELDS:
+        if name not in STUDENT:
+            assert getattr(found, name) is None, name
+            continue
+        value = getattr(found, name).double().cpu()
+        torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)
+    lse = (found.normaliser[0] * math.log(2) + found.normaliser[2].log()).double().cpu()
+    torch.testing.assert_close(lse, expected["student_lse"], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("v", [1031, 20000])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+def test_beta_chooses_the_divergence_of_each_row(device, dtype, v):
+    student, teacher = logits("normal", 5, v, DTYPES[dtype], device)
+    beta = torch.tensor([1.0, 0.0, 0.5, 1.0, float("nan")], dtype=torch.float64, device=device)
+    beta = beta if dtype == "fp64" else beta.float()
+    found = caop_kernels.row_statistics(student, teacher, beta=beta, statistics=("student_lse",))
+    assert found.forward_kl is None
+    assert found.reverse_kl is None
+    expected = oracle(student, teacher)
+    want = torch.where(beta.cpu() == 0, expected["forward_kl"], expected["reverse_kl"])
+    want[[2, 4]] = torch.nan
+    tolerance = 1e-11 if dtype == "fp64" else 4e-6
+    torch.testing.assert_close(found.divergence.double().cpu(), want, rtol=tolerance, atol=tolerance, equal_nan=True)
+    # The two KLs are those that are computed when asked for by name: to the bit, with the same sums compiled in.
+    both = caop_kernels.row_statistics(student, teacher, statistics=("forward_kl", "reverse_kl", "student_lse"))
+    assert torch.equal(found.divergence[[0, 3]], both.reverse_kl[[0, 3]])
+    assert torch.equal(found.divergence[1], both.forward_kl[1])
+
+
+@pytest.mark.parametrize("kind", ["normal", "near", "student_peaked"])
+def test_normaliser(device, kind):
+    """Maxima (log2 units), partition sums relative to them, the log of their quotient, and E_s[log p_s - log p_t]."""
+    student, teacher = logits(kind, 3, 20000, torch.float32, device)
+    options = {"temperature": 0.7, "teacher_softcap": 12.0}
+    found = caop_kernels.row_statistics(student, teacher, normaliser=True, **options)
+    expected = oracle(student, teacher, **options)
+    m_s, m_t, z_s, z_t, lr, mean = found.normaliser.double().cpu()
+    for m, z, lse in ((m_s, z_s, "student_lse"), (m_t, z_t, "teacher_lse")):
+        torch.testing.assert_close(m * math.log(2) + z.log(), expected[lse], rtol=2e-6, atol=2e-6)
+        assert (z >= 1 - 1e-6).all()
+    torch.testing.assert_close(lr, z_s.log() - z_t.log(), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(mean, expected["reverse_kl"], rtol=4e-6, atol=4e-6)

@@ -1,0 +1,65 @@
+"""Tests of the public losses that run on every backend this process has.
+
+Collected as usual: the PyTorch backend on the CPU and, where there is a GPU (marker `gpu`), both backends on that. With
+TRITON_INTERPRET=1, which `test_grid_interpreted.py` sets in a process of its own: the Triton backend on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+sys.path.append(str(Path(__file__).parents[2] / "kernels" / "device"))  # row_oracle, fused
+
+
+class Place(NamedTuple):
+    """Which implementation runs where."""
+
+    backend: str
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "place" not in metafunc.fixturenames:
+        return
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    if INTERPRETED:
+        places = [Place("triton", cpu)]
+    else:
+        missing = pytest.mark.skipif(
+            not torch.cuda.is_available(), reason="no CUDA or ROCm device; test_grid_interpreted.py runs the kernels"
+        )
+        on_gpu = [pytest.param(Place(name, gpu), marks=[pytest.mark.gpu, missing]) for name in ("torch", "triton")]
+        places = [Place("torch", cpu), *on_gpu]
+    metafunc.parametrize("place", places, ids=str)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nearest_bfloat16() -> None:
+    """Store bfloat16 rounded to the nearest, as GPUs do; the interpreter cuts."""
+    if not INTERPRETED:
+        return
+    from fused import nearest_bfloat16
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.cast_impl = nearest_bfloat16(InterpreterBuilder.cast_impl)
+
+
+@pytest.fixture
+def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round a multiply-add once, as GPUs do; the interpreter rounds the product first, which shows at large logits."""
+    if not INTERPRETED:
+        return
+    from fused import create_fma
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)
