@@ -1,8 +1,8 @@
 """Launch configurations: the one table, by vendor and dtype, with the reason for each entry.
 
 Nothing is autotuned unless `tuning.py` is switched on: the configuration follows from the device and the tensors alone,
-so a row's bits do not depend on which kernel happened to win a race. Tiles are [groups, threads, vector]: each thread owns `groups * vector` = 8 columns
-of a tile and its own online state, so the loop needs no shuffle and no barrier.
+so a row's bits do not depend on which kernel happened to win a race. Tiles are [groups, threads, vector]: each thread
+owns `groups * vector` = 8 columns of a tile and its own online state, so the loop needs no shuffle and no barrier.
 
 The architecture enters through the vendor's warp width only: 256 threads are 8 warps of 32 on NVIDIA (sm_80 to sm_120)
 and 4 wavefronts of 64 on AMD CDNA (gfx942). The compiler schedules the same tile differently for each; `inspect` shows
@@ -91,8 +91,8 @@ def gradient_launch(backend: str, itemsize: int, *, aligned: bool, lean: bool) -
     """The configuration of the elementwise gradient kernel; `itemsize` is that of the smallest dtype it touches.
 
     The tile is the statistics kernel's. Nothing is carried from tile to tile, so one tile per trip keeps registers low
-    and occupancy, which hides the latency here, high; `lean` variants take two to halve the loop's own instructions, but
-    not without alignment, where sixteen addresses in flight took 128 registers.
+    and occupancy, which hides the latency here, high. `lean` variants take two to halve the loop's own instructions,
+    but not without alignment, where sixteen addresses in flight took 128 registers.
     """
     vector = _VECTOR_BY_ITEMSIZE[itemsize] if aligned else 1
     return RowLaunch(

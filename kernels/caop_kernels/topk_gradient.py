@@ -22,6 +22,7 @@ import triton.language as tl
 from caop_kernels.elementary import LN2
 from caop_kernels.gradient import COEFFICIENT_FIELDS, logit_gradient
 from caop_kernels.launch import backend_of, compute_type, current_device
+from caop_kernels.tile import narrow
 from caop_kernels.topk import IGNORE_INDEX, finish_warps, listed_constants, load_listed, packed_ids
 from caop_kernels.topk_outcomes import BUCKET, IGNORE, divergence_terms, student_outcomes, teacher_outcomes
 from caop_kernels.topk_tail import lanes
@@ -150,7 +151,7 @@ def scatter_kernel(
         ids = tl.load(ids_ptr + row * k + lane, mask=lane < k, other=-1).to(tl.int64)
         valid = (ids >= 0) & (ids < n_cols)
         values = tl.load(values_ptr + row * k + lane, mask=valid, other=0.0)
-        tl.store(out_ptr + row * out_stride + ids, values.to(out_ptr.dtype.element_ty), mask=valid)
+        tl.store(out_ptr + row * out_stride + ids, narrow(values, out_ptr.dtype.element_ty), mask=valid)
 
 
 def topk_gradient(

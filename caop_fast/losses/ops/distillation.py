@@ -4,12 +4,11 @@ An operator, so that ``torch.compile`` takes it as a whole and nothing inside ha
 choice of rows look at data on the CPU.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from caop_fast.losses import checks, on_triton, rows
+from caop_fast.losses.ops.gradients import differentiate, gradient_operators
 from caop_fast.losses.reference.divergence import Options
 
 ONCE = "the distillation losses can be differentiated once: double backward through them is not supported"
@@ -85,7 +84,7 @@ def _(
     )
 
 
-def _gradient(
+def distillation_gradient(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
@@ -106,6 +105,7 @@ def _gradient(
     *,
     inplace: bool,
 ) -> Tensor:
+    """Gradient of the student's logits, [N, V_s] in their dtype, for what flows into the outputs, [N] each or None."""
     options = Options(beta if beta_rows is None else beta_rows, temperature, student_softcap, teacher_softcap)
     upstream = {
         name: None if value is None else value.to(normaliser.dtype).contiguous()
@@ -118,98 +118,16 @@ def _gradient(
     return rows.distillation_gradient(*arguments, careful=careful, inplace=inplace, **upstream)
 
 
-@torch.library.custom_op("caop_fast::distillation_rows_backward", mutates_args=())
-def distillation_rows_backward(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    beta_rows: Tensor | None,
-    normaliser: Tensor,
-    student_entropy: Tensor,
-    careful: Tensor,
-    d_divergence: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    beta: float,
-    temperature: float,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    vocab: int,
-    triton: bool,
-) -> Tensor:
-    """Gradient of the student's logits, [N, V_s] in their dtype, for what flows into the outputs, [N] each or None."""
-    return _gradient(
-        student, teacher, labels, weights, beta_rows, normaliser, student_entropy, careful, d_divergence, d_logprob,
-        d_entropy, beta, temperature, student_softcap, teacher_softcap, vocab, triton, inplace=False,
-    )  # fmt: skip
-
-
-@distillation_rows_backward.register_fake
-def _(student: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(student, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("caop_fast::distillation_rows_backward_", mutates_args=("student",))
-def distillation_rows_backward_(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    beta_rows: Tensor | None,
-    normaliser: Tensor,
-    student_entropy: Tensor,
-    careful: Tensor,
-    d_divergence: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    beta: float,
-    temperature: float,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    vocab: int,
-    triton: bool,
-) -> None:
-    """The same, written over the student's logits."""
-    _gradient(
-        student, teacher, labels, weights, beta_rows, normaliser, student_entropy, careful, d_divergence, d_logprob,
-        d_entropy, beta, temperature, student_softcap, teacher_softcap, vocab, triton, inplace=True,
-    )  # fmt: skip
-
-
-def _once(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(ONCE)
-
-
-distillation_rows_backward.register_autograd(_once)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, teacher, labels, weights, beta_rows, *scalars, inplace, triton, _ = inputs
-    _, _, student_entropy, teacher_logprob, teacher_entropy, normaliser, careful = output
-    ctx.save_for_backward(student, teacher, labels, weights, beta_rows, normaliser, student_entropy, careful)
-    ctx.labelled = labels is not None
-    ctx.scalars, ctx.inplace, ctx.triton, ctx.consumed = scalars, inplace, triton, False
-    ctx.mark_non_differentiable(teacher_logprob, teacher_entropy, normaliser, careful)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, d_divergence: Tensor | None, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 12
-    if ctx.consumed:
-        raise RuntimeError("inplace=True: the first backward wrote its gradient over student_logits; use inplace=False")
-    if not ctx.labelled:  # the log-probabilities were empty
-        d_logprob = None
-    if d_divergence is None and d_logprob is None and d_entropy is None:
-        return None, *nothing
-    arguments = (*ctx.saved_tensors, d_divergence, d_logprob, d_entropy, *ctx.scalars, ctx.triton)
-    if not ctx.inplace:
-        return distillation_rows_backward(*arguments), *nothing
-    ctx.consumed = True
-    distillation_rows_backward_(*arguments)
-    return arguments[0], *nothing
-
-
-distillation_rows.register_autograd(_backward, setup_context=_setup)
+distillation_rows_backward, distillation_rows_backward_ = gradient = gradient_operators(
+    "distillation_rows_backward", distillation_gradient, once=ONCE
+)
+differentiate(
+    distillation_rows,
+    gradient,
+    logits="student_logits",
+    n_tensors=5,
+    labels=2,
+    saved=(5, 2, 6),
+    flows=(0, 1, 2),
+    logprob=1,
+)

@@ -1,11 +1,10 @@
 """``caop_fast::token_rows``: log-probability, entropy and lse of each row of logits, and their gradient."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from caop_fast.losses import checks, on_triton
+from caop_fast.losses.ops.gradients import differentiate, gradient_operators
 from caop_fast.losses.reference.tokens import token_gradient, token_statistics
 from caop_fast.losses.rows import live_rows, row_blocks, spread, take
 
@@ -69,13 +68,15 @@ def _(
     )
 
 
-def _gradient(
+def token_gradient_rows(
     logits: Tensor,
     labels: Tensor | None,
     weights: Tensor | None,
     normaliser: Tensor,
     entropy: Tensor,
-    upstream: dict[str, Tensor | None],
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    d_lse: Tensor | None,
     temperature: float,
     softcap: float | None,
     vocab: int,
@@ -83,7 +84,11 @@ def _gradient(
     *,
     inplace: bool,
 ) -> Tensor:
-    upstream = {k: None if v is None else v.to(normaliser.dtype).contiguous() for k, v in upstream.items()}
+    """Gradient of the logits, [N, V] in their dtype, for what flows into the outputs, [N] each or None."""
+    upstream = {
+        name: None if value is None else value.to(normaliser.dtype).contiguous()
+        for name, value in (("d_logprob", d_logprob), ("d_entropy", d_entropy), ("d_lse", d_lse))
+    }
     if triton:
         return on_triton.token_gradient(
             logits, labels, weights, normaliser, entropy, temperature, softcap, vocab, inplace=inplace, **upstream
@@ -104,86 +109,7 @@ def _gradient(
     return out if weights is None else out.masked_fill_((weights == 0).view(-1, 1), 0)
 
 
-@torch.library.custom_op("caop_fast::token_rows_backward", mutates_args=())
-def token_rows_backward(
-    logits: Tensor,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    normaliser: Tensor,
-    entropy: Tensor,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    d_lse: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    vocab: int,
-    triton: bool,
-) -> Tensor:
-    """Gradient of the logits, [N, V] in their dtype, for what flows into the outputs, [N] each or None."""
-    upstream = {"d_logprob": d_logprob, "d_entropy": d_entropy, "d_lse": d_lse}
-    rows = (logits, labels, weights, normaliser, entropy, upstream)
-    return _gradient(*rows, temperature, softcap, vocab, triton, inplace=False)
-
-
-@token_rows_backward.register_fake
-def _(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("caop_fast::token_rows_backward_", mutates_args=("logits",))
-def token_rows_backward_(
-    logits: Tensor,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    normaliser: Tensor,
-    entropy: Tensor,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    d_lse: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    vocab: int,
-    triton: bool,
-) -> None:
-    """The same, written over the logits."""
-    upstream = {"d_logprob": d_logprob, "d_entropy": d_entropy, "d_lse": d_lse}
-    rows = (logits, labels, weights, normaliser, entropy, upstream)
-    _gradient(*rows, temperature, softcap, vocab, triton, inplace=True)
-
-
-def _once(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(ONCE)
-
-
-token_rows_backward.register_autograd(_once)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, weights, *scalars, inplace, triton, _ = inputs
-    _, entropy, _, normaliser = output
-    ctx.save_for_backward(logits, labels, weights, normaliser, entropy)
-    ctx.labelled = labels is not None
-    ctx.scalars, ctx.inplace, ctx.triton, ctx.consumed = scalars, inplace, triton, False
-    ctx.mark_non_differentiable(normaliser)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, d_lse: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 8
-    if ctx.consumed:
-        raise RuntimeError("inplace=True: the first backward wrote its gradient over the logits; use inplace=False")
-    if not ctx.labelled:  # the log-probabilities were empty
-        d_logprob = None
-    if d_logprob is None and d_entropy is None and d_lse is None:
-        return None, *nothing
-    arguments = (*ctx.saved_tensors, d_logprob, d_entropy, d_lse, *ctx.scalars, ctx.triton)
-    if not ctx.inplace:
-        return token_rows_backward(*arguments), *nothing
-    ctx.consumed = True
-    token_rows_backward_(*arguments)
-    return arguments[0], *nothing
-
-
-token_rows.register_autograd(_backward, setup_context=_setup)
+token_rows_backward, token_rows_backward_ = gradient = gradient_operators(
+    "token_rows_backward", token_gradient_rows, once=ONCE
+)
+differentiate(token_rows, gradient, logits="logits", n_tensors=3, labels=1, saved=(3, 1), flows=(0, 1, 2), logprob=0)

@@ -5,7 +5,6 @@ partition sums of the student, in the units of the backend that made them.
 """
 
 import importlib
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from caop_fast.losses import checks
 from caop_fast.losses.on_triton import unit_columns
 from caop_fast.losses.ops.distillation import ONCE
+from caop_fast.losses.ops.gradients import differentiate, gradient_operators
 from caop_fast.losses.reference import topk as reference
 from caop_fast.losses.rows import live_rows, row_blocks, take
 
@@ -95,8 +95,7 @@ def _(
     return column[0], logprob[0], column[1], logprob[1], column[2], normaliser
 
 
-@torch.library.custom_op("caop_fast::topk_gradient", mutates_args=())
-def topk_gradient(
+def topk_logit_gradient(
     student: Tensor,
     ids: Tensor,
     logprobs: Tensor,
@@ -114,78 +113,10 @@ def topk_gradient(
     softcap: float | None,
     vocab: int,
     triton: bool,
+    *,
+    inplace: bool,
 ) -> Tensor:
     """Gradient [N, V] in the dtype of ``student``, for upstream gradients [N] of the first three outputs."""
-    return _gradient(
-        False, student, ids, logprobs, labels, weights, beta_rows, normaliser, entropy,
-        d_divergence, d_logprob, d_entropy, tail, beta, temperature, softcap, vocab, triton,
-    )  # fmt: skip
-
-
-@topk_gradient.register_fake
-def _(
-    student, ids, logprobs, labels, weights, beta_rows, normaliser, entropy, d_divergence, d_logprob, d_entropy, tail,
-    beta, temperature, softcap, vocab, triton,
-):  # fmt: skip
-    return torch.empty(student.shape, dtype=student.dtype, device=student.device)
-
-
-@torch.library.custom_op("caop_fast::topk_gradient_", mutates_args=("student",))
-def topk_gradient_(
-    student: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    beta_rows: Tensor | None,
-    normaliser: Tensor,
-    entropy: Tensor,
-    d_divergence: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    tail: str,
-    beta: float,
-    temperature: float,
-    softcap: float | None,
-    vocab: int,
-    triton: bool,
-) -> None:
-    """The same, written over ``student``."""
-    _gradient(
-        True, student, ids, logprobs, labels, weights, beta_rows, normaliser, entropy,
-        d_divergence, d_logprob, d_entropy, tail, beta, temperature, softcap, vocab, triton,
-    )  # fmt: skip
-
-
-@topk_gradient_.register_fake
-def _(
-    student, ids, logprobs, labels, weights, beta_rows, normaliser, entropy, d_divergence, d_logprob, d_entropy, tail,
-    beta, temperature, softcap, vocab, triton,
-):  # fmt: skip
-    return None
-
-
-def _gradient(
-    inplace: bool,
-    student: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    beta_rows: Tensor | None,
-    normaliser: Tensor,
-    entropy: Tensor,
-    d_divergence: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    tail: str,
-    beta: float,
-    temperature: float,
-    softcap: float | None,
-    vocab: int,
-    triton: bool,
-) -> Tensor:
-    """The gradient, written over ``student`` with ``inplace``."""
     upstream = {"d_divergence": d_divergence, "d_logprob": d_logprob, "d_entropy": d_entropy}
     if triton:
         packed = unit_columns(student)
@@ -260,38 +191,14 @@ def check_values(
         raise ValueError(f"teacher_logprobs must be log-probabilities <= 0, got {float(logprobs[bad][0])}")
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, ids, logprobs, labels, weights, beta_rows, *settings = inputs
-    *fixed, inplace, triton, _ = settings
-    entropy, normaliser = output[2], output[5]
-    ctx.save_for_backward(student, ids, logprobs, labels, weights, beta_rows, normaliser, entropy)
-    ctx.settings = (*fixed, triton)
-    ctx.inplace, ctx.consumed, ctx.n_inputs = inplace, False, len(inputs)
-    ctx.mark_non_differentiable(*output[3:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, d_divergence: Tensor | None, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (ctx.n_inputs - 1)
-    if ctx.consumed:
-        raise RuntimeError("inplace=True: the first backward wrote its gradient over student_logits; use inplace=False")
-    if ctx.saved_tensors[3] is None:  # no labels: an empty output
-        d_logprob = None
-    if all(d is None for d in (d_divergence, d_logprob, d_entropy)):
-        return None, *nothing
-    arguments = (*ctx.saved_tensors, d_divergence, d_logprob, d_entropy, *ctx.settings)
-    if not ctx.inplace:
-        return topk_gradient(*arguments), *nothing
-    ctx.consumed = True
-    topk_gradient_(*arguments)
-    return arguments[0], *nothing
-
-
-def _twice(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(ONCE)
-
-
-topk_rows.register_autograd(_backward, setup_context=_setup)
-topk_gradient.register_autograd(_twice)
+topk_gradient, topk_gradient_ = gradient = gradient_operators("topk_gradient", topk_logit_gradient, once=ONCE)
+differentiate(
+    topk_rows,
+    gradient,
+    logits="student_logits",
+    n_tensors=6,
+    labels=3,
+    saved=(5, 2),
+    flows=(0, 1, 2),
+    logprob=1,
+)
