@@ -37,7 +37,8 @@ def distillation_loss(
     other side +inf; one that both exclude contributes 0. Finite masks such as ``finfo.min`` count as -inf: whatever
     lies 2**64 (log2 units) or more below the other side's logit does, so anything above 2**64 is reported as +inf.
 
-    Works under ``torch.compile(fullgraph=True)`` and ``torch.autocast`` (which changes nothing here).
+    Leading axes are flattened, which copies logits such as ``logits[:, :-1]``: keep every position, and give the last
+    one the label -100. Works under ``torch.compile(fullgraph=True)``, and ``torch.autocast`` changes nothing.
 
     Args:
         student_logits: [..., V_s] float32, bfloat16, float16 or float64; any leading shape, N tokens in all.
@@ -53,8 +54,8 @@ def distillation_loss(
         teacher_softcap: the same for the teacher.
         vocab_size: compare only the first ids; needed where V_s and V_t differ. Columns past it get gradient 0.
         reduction: "mean" = sum(w D)/sum(w) (0 when all weights are 0), "sum", or "none" (w D per token).
-        inplace: the backward writes the gradient over ``student_logits`` (not a leaf, nor a view of one); a second
-            backward is an error.
+        inplace: the backward writes the gradient over ``student_logits`` (not a leaf, nor a view of one, nor expanded);
+            a second backward is an error. Under ``torch.compile`` the compiler decides where the gradient goes.
         backend: "torch", "triton", or "auto" (Triton on GPUs where it is installed). With Triton all statistics of a
             row come from one read of both logits (for 0 < beta < 1 from two), the gradient from one more.
         validate: check values of tensors (labels, weights, beta), which makes the host wait for a GPU; None does so

@@ -111,7 +111,7 @@ def topk_distillation_loss(
     checks.overwritable("student_logits", student_logits, inplace)
     divergence, student_logprob, student_entropy, teacher_logprob, teacher_entropy, _ = topk_rows(
         student_logits.reshape(-1, columns),
-        teacher_ids.reshape(-1, listed),
+        teacher_ids.reshape(-1, listed).to(torch.int64),  # narrow integers cannot be compared with every V
         teacher_logprobs.detach().reshape(-1, listed),
         label_ids,
         row_weights,

@@ -33,7 +33,7 @@ from caop_kernels.checks import check_labels, check_logits, check_positive, chec
 from caop_kernels.chunk_state import chunk_states, scalars
 from caop_kernels.elementary import LN2, log1p, tanh
 from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps
-from caop_kernels.state import FLOOR, LABEL_FIELD, SHARD_FIELDS, STATE_FIELDS, load_state, merge
+from caop_kernels.state import ABSENT, FLOOR, LABEL_FIELD, SHARD_FIELDS, STATE_FIELDS, load_state, merge
 
 IGNORE_INDEX = tl.constexpr(-100)
 
@@ -85,7 +85,7 @@ def label_logprob(pointer, label, valid, ignored, z, m, scale, inverse_cap, SOFT
 @triton.jit
 def held_logprob(u, z, ignored):
     """The same from the label's own exponent, which a shard's state holds; NaN where no shard held the label."""
-    return tl.where(ignored, 0.0, tl.where(u <= 0, (u - tl.log2(z)) * LN2, float("nan")))
+    return tl.where(ignored, 0.0, tl.where(u < ABSENT, (u - tl.log2(z)) * LN2, float("nan")))
 
 
 @triton.jit

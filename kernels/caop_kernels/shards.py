@@ -25,9 +25,9 @@ from caop_kernels.state import ABSENT, FLOOR, LABEL_FIELD, SHARD_FIELDS, load_st
 @triton.jit
 def join_labels(y, m, other_y, other_m, new_m):
     """The label's exponent relative to the common maximum, from whichever of two states holds the label."""
-    y = tl.where(y <= 0, y + (m - new_m), y)
-    other_y = tl.where(other_y <= 0, other_y + (other_m - new_m), other_y)
-    return tl.where(other_y <= 0, other_y, y)
+    y = tl.where(y < ABSENT, y + (m - new_m), y)
+    other_y = tl.where(other_y < ABSENT, other_y + (other_m - new_m), other_y)
+    return tl.where(other_y < ABSENT, other_y, y)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ excludes would look like an ordinary contribution.
 
 The state of a vocabulary shard, which travels between devices, has SHARD_FIELDS and adds, for the row's label,
 
-     10    y_s    u_s of the label, relative to m_s, where the label is among the columns (<= 0); else ABSENT = 1
+     10    y_s    u_s of the label, relative to m_s, where the label is among the columns; else ABSENT = +inf
      11    y_t    u_t of the label, likewise
 
 A field belonging to a statistic that was not asked for holds no meaning; it is never read.
@@ -42,7 +42,7 @@ import triton.language as tl
 STATE_FIELDS = 10
 LABEL_FIELD = tl.constexpr(10)
 SHARD_FIELDS = tl.constexpr(12)
-ABSENT = tl.constexpr(1.0)
+ABSENT = tl.constexpr(float("inf"))  # rounding may leave the u of a row's maximum a little above 0
 
 # A finite stand-in for the exponent of a column whose logit is -inf: both sides excluded gives x = 0 exactly.
 EXCLUDED = tl.constexpr(-(2.0**100))

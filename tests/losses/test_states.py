@@ -126,6 +126,17 @@ def test_labels_nobody_holds_and_no_labels():
     assert torch.equal(bare.forward_kl, found.forward_kl)
 
 
+def test_the_largest_logit_as_label_is_held():
+    """Rounding leaves its exponent a little above the maximum's in every other row."""
+    g = torch.Generator().manual_seed(0)
+    student = torch.randn(500, 64, generator=g) * 5
+    labels = student.argmax(-1)
+    found = sharded(student, student + 0.1, labels, [0, 30, 64])
+    want = truth(student, student + 0.1, labels)
+    torch.testing.assert_close(found.student_logprob.double(), want["student_logprob"], rtol=4e-6, atol=4e-6)
+    torch.testing.assert_close(found.teacher_logprob.double(), want["teacher_logprob"], rtol=4e-6, atol=4e-6)
+
+
 def test_shapes_and_no_rows():
     student, teacher, labels = make(n=6)
     flat = row_state(student, teacher, labels)

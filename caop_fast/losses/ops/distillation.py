@@ -118,9 +118,8 @@ def distillation_gradient(
     return rows.distillation_gradient(*arguments, careful=careful, inplace=inplace, **upstream)
 
 
-distillation_rows_backward, distillation_rows_backward_ = gradient = gradient_operators(
-    "distillation_rows_backward", distillation_gradient, once=ONCE
-)
+gradient = gradient_operators("distillation_rows_backward", distillation_gradient, once=ONCE)
+distillation_rows_backward, distillation_rows_backward_ = gradient.fresh, gradient.over
 differentiate(
     distillation_rows,
     gradient,

@@ -12,6 +12,7 @@ class GradientOperators(NamedTuple):
 
     fresh: Callable[..., Tensor]
     over: Callable[..., None]
+    once: str
 
 
 def gradient_operators(name: str, gradient: Callable[..., Tensor], *, once: str) -> GradientOperators:
@@ -40,7 +41,7 @@ def gradient_operators(name: str, gradient: Callable[..., Tensor], *, once: str)
         raise RuntimeError(once)
 
     fresh.register_autograd(twice)
-    return GradientOperators(fresh, over)
+    return GradientOperators(fresh, over, once)
 
 
 def differentiate(
@@ -87,6 +88,8 @@ def differentiate(
         arguments = (*ctx.saved_tensors, *flowing, *ctx.settings)
         if not ctx.inplace:
             return gradient.fresh(*arguments), *nothing
+        if torch.is_grad_enabled():  # create_graph: the overwritten logits would pass as a constant
+            raise RuntimeError(f"{gradient.once}, and inplace=True takes no create_graph=True")
         ctx.consumed = True
         gradient.over(*arguments)
         return arguments[0], *nothing

@@ -109,7 +109,5 @@ def token_gradient_rows(
     return out if weights is None else out.masked_fill_((weights == 0).view(-1, 1), 0)
 
 
-token_rows_backward, token_rows_backward_ = gradient = gradient_operators(
-    "token_rows_backward", token_gradient_rows, once=ONCE
-)
+gradient = gradient_operators("token_rows_backward", token_gradient_rows, once=ONCE)
 differentiate(token_rows, gradient, logits="logits", n_tensors=3, labels=1, saved=(3, 1), flows=(0, 1, 2), logprob=0)

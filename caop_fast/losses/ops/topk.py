@@ -191,7 +191,8 @@ def check_values(
         raise ValueError(f"teacher_logprobs must be log-probabilities <= 0, got {float(logprobs[bad][0])}")
 
 
-topk_gradient, topk_gradient_ = gradient = gradient_operators("topk_gradient", topk_logit_gradient, once=ONCE)
+gradient = gradient_operators("topk_gradient", topk_logit_gradient, once=ONCE)
+topk_gradient, topk_gradient_ = gradient.fresh, gradient.over
 differentiate(
     topk_rows,
     gradient,

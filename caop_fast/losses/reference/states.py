@@ -7,7 +7,7 @@ u = k z - m, e = 2^u, x = u_t - u_s, a state is [12, N]:
      5, 6   sum e_s u_s, sum e_t u_t                           7, 8   sum e_t x, sum e_s x
      9      support: +inf where the student excludes a column that the teacher allows, -inf for the reverse, NaN for
             both; finite otherwise
-    10, 11  u_s and u_t of the label where it is among the columns (<= 0), else 1
+    10, 11  u_s and u_t of the label where it is among the columns, else +inf
 
 Rebasing a state to larger maxima, with d = m - m' <= 0, q = 2^d and shift = d_t - d_s, multiplies every sum by its q
 and moves what is linear in u or x; states relative to the same maxima add. Finished, in nats:
@@ -31,7 +31,7 @@ from caop_fast.losses.reference.divergence import EXCLUDED, Options, temper
 STATE_FIELDS = 12
 FLOOR = -(2.0**40)  # the maximum of columns that are all excluded; finite, so that m - m is 0
 SUPPORT_GAP = 2.0**64  # a larger |x| means that only one side allows the column
-ABSENT = 1.0
+ABSENT = math.inf  # rounding may leave the u of a row's maximum a little above 0
 LN2 = math.log(2.0)
 
 
@@ -69,7 +69,7 @@ def merge_states(states: Tensor) -> Tensor:
     for other in states[1:]:
         m_s, m_t = torch.maximum(merged[0], other[0]), torch.maximum(merged[1], other[1])
         first, second = _rebase(merged, m_s, m_t), _rebase(other, m_s, m_t)
-        labels = torch.where(second[10:] <= 0, second[10:], first[10:])
+        labels = torch.where(second[10:] < ABSENT, second[10:], first[10:])
         merged = torch.cat([torch.stack([m_s, m_t]), first[2:10] + second[2:10], labels])
     return merged
 
@@ -91,8 +91,8 @@ def _rebase(state: Tensor, new_m_s: Tensor, new_m_t: Tensor) -> Tensor:
             q_t * (c_t + z_t * shift_x),
             q_s * (c_s + z_s * shift_x),
             support,
-            torch.where(y_s <= 0, y_s + shift_s, y_s),
-            torch.where(y_t <= 0, y_t + shift_t, y_t),
+            torch.where(y_s < ABSENT, y_s + shift_s, y_s),
+            torch.where(y_t < ABSENT, y_t + shift_t, y_t),
         ]
     )
 
@@ -109,7 +109,7 @@ def finish_state(state: Tensor, labels: Tensor | None) -> RowStatistics:
     logprobs = [None, None]
     if labels is not None:
         logprobs = [
-            torch.where(labels == IGNORE_LABEL, 0.0, torch.where(y <= 0, (y - z.log2()) * LN2, math.nan))
+            torch.where(labels == IGNORE_LABEL, 0.0, torch.where(y < ABSENT, (y - z.log2()) * LN2, math.nan))
             for y, z in ((y_s, z_s), (y_t, z_t))
         ]
     return RowStatistics(
