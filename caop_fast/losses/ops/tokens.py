@@ -110,4 +110,5 @@ def token_gradient_rows(
 
 
 gradient = gradient_operators("token_rows_backward", token_gradient_rows, once=ONCE)
+token_rows_backward, token_rows_backward_ = gradient.fresh, gradient.over
 differentiate(token_rows, gradient, logits="logits", n_tensors=3, labels=1, saved=(3, 1), flows=(0, 1, 2), logprob=0)
