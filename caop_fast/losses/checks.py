@@ -85,8 +85,13 @@ def overwritable(name: str, logits: Tensor, inplace: Any) -> None:
     """With ``inplace``, the logits must be nobody's parameter: autograd would not notice that they were overwritten."""
     if not flag("inplace", inplace) or not logits.requires_grad:
         return
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError(f"inplace=True needs rows of their own, but {name} is expanded (stride 0); pass inplace=False")
+    reach = 1
+    for stride, size in sorted((t, n) for t, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
+        if stride < reach:
+            raise ValueError(
+                f"inplace=True needs rows of their own, but {name} is expanded or overlaps; use inplace=False"
+            )
+        reach = stride * size
     owner = logits if logits._base is None else logits._base
     if owner.is_leaf and owner.requires_grad:
         what = "a leaf" if owner is logits else "a view of a leaf"

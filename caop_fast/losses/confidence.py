@@ -15,6 +15,8 @@ from caop_fast.losses.outputs import ConfidenceOutput
 
 KINDS = ("cross_entropy", "brier", "expected_brier", "bernoulli_nll")
 
+MAX_CANDIDATES = 4096
+
 
 def confidence_loss(
     logits: Tensor,
@@ -234,6 +236,8 @@ def _values(
     values = _column("candidate_values", values, "numbers", device, dtype)
     if not values.is_floating_point():
         raise TypeError(f"candidate_values must be floating-point numbers, got {values.dtype}")
+    if shape[0] > MAX_CANDIDATES:
+        raise ValueError(f"at most {MAX_CANDIDATES} candidates fit the registers of one program, got {shape[0]}")
     if tuple(values.shape) != shape:
         raise ValueError(f"candidate_values must have shape {shape}, got {tuple(values.shape)}")
     return values.detach().to(dtype)

@@ -384,3 +384,22 @@ def test_block_borders_change_nothing(monkeypatch):
         results.append((*(t.detach() for t in out), leaf.grad))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("vocab", [17000, 40000])
+def test_a_row_does_not_depend_on_the_others_with_two_threads(vocab):
+    """PyTorch splits the sum over one long row between threads; a block of several rows it splits by rows."""
+    student, teacher, labels = make(6, vocab)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        results = []
+        for rows in (slice(None), slice(5, 6), slice(4, 6), slice(1, 6)):
+            leaf = student[rows].clone().requires_grad_()
+            out = distillation_loss(leaf, teacher[rows], labels[rows], beta=0.5, reduction="none")
+            (out.loss.sum() + out.student_entropy.sum()).backward()
+            results.append((*(t.detach()[-1] for t in out), leaf.grad[-1]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -153,7 +153,7 @@ def test_inplace_and_single_derivatives():
     assert torch.equal(logits.detach(), want)
     with pytest.raises(RuntimeError, match="the first backward wrote"):
         out.backward()
-    with pytest.raises(ValueError, match="logits is expanded"):
+    with pytest.raises(ValueError, match="logits is expanded or overlaps"):
         token_statistics((leaf[:1] * 1.0).expand(4, 9), labels, inplace=True)
     over = token_statistics(leaf * 1.0, labels, inplace=True).logprob.sum()
     with pytest.raises(RuntimeError, match="inplace=True takes no create_graph=True"):  # not a silent constant

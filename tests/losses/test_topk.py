@@ -195,3 +195,16 @@ def test_wide_logprobs_make_wide_statistics():
     for name in NAMES:
         assert getattr(out, name).dtype == torch.float64
         torch.testing.assert_close(getattr(out, name), want[name], rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_narrow_ids_and_overlapping_logits():
+    logits = torch.randn(2, 40000)
+    ids = torch.tensor([[13531, 5, 32000], [7, 300, 9]])
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0]] * 2)
+    want = topk_distillation_loss(logits, ids, logprobs)
+    got = topk_distillation_loss(logits, ids.to(torch.int16), logprobs)
+    assert torch.equal(want.divergence, got.divergence)
+    leaf = torch.randn(1, 60, requires_grad=True)
+    for overlapping in ((leaf * 1).expand(2, 60), (leaf[0] * 1).unfold(0, 50, 1)[:2]):
+        with pytest.raises(ValueError, match="student_logits is expanded or overlaps"):
+            topk_distillation_loss(overlapping, ids % 50, logprobs, inplace=True, validate=False)
