@@ -9,7 +9,7 @@ from __future__ import annotations
 from caop_fast.losses.bins import calibration_bins, soft_ece
 from caop_fast.losses.confidence import confidence_loss, confidence_loss_from_logprobs
 from caop_fast.losses.distillation import distillation_loss
-from caop_fast.losses.linear import linear_distillation_loss
+from caop_fast.losses.linear.distillation import linear_distillation_loss, linear_distillation_rows
 from caop_fast.losses.outputs import (
     CalibrationBins,
     ConfidenceOutput,
@@ -33,6 +33,7 @@ __all__ = [
     "distillation_loss",
     "finish_state",
     "linear_distillation_loss",
+    "linear_distillation_rows",
     "merge_states",
     "row_state",
     "soft_ece",

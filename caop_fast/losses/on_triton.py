@@ -9,7 +9,7 @@ from torch import Tensor
 
 from caop_fast.losses.outputs import RowStatistics
 from caop_fast.losses.reference.divergence import Options
-from caop_fast.losses.rows import Rows
+from caop_fast.losses.rows import Columns, Rows, pick_divergence
 
 
 def unit_columns(logits: Tensor) -> Tensor:
@@ -78,28 +78,59 @@ def distillation_rows(
     )
 
 
+def state_rows(state: Tensor, labels: Tensor | None, options: Options) -> Rows:
+    """Statistics of rows from the state [12, N] of all their columns; an interior divergence is left to the mixture."""
+    kernels = importlib.import_module("caop_kernels")
+    found = kernels.finish_state(state, labels)
+    return Rows(
+        pick_divergence(options.beta, found.forward_kl, found.reverse_kl),
+        found.student_logprob,
+        found.teacher_logprob,
+        found.student_entropy,
+        found.teacher_entropy,
+        found.normaliser,
+        True,
+    )
+
+
+def mixture_sums(student: Tensor, teacher: Tensor, options: Options, normaliser: Tensor) -> Tensor:
+    """The sums [K, 2, N] of an interior divergence over some columns; those of other columns are added to them."""
+    return importlib.import_module("caop_kernels").mixture_sums(
+        unit_columns(student),
+        unit_columns(teacher),
+        normaliser,
+        beta=options.beta,
+        n_cols=student.shape[1],
+        **_scalars(options),
+    )
+
+
+def finish_mixture(sums: Tensor, normaliser: Tensor, options: Options) -> Tensor:
+    """The interior divergence [N] of sums [K, 2, N]; its mean ratio goes into the normaliser."""
+    return importlib.import_module("caop_kernels").finish_mixture(sums, normaliser, beta=options.beta)
+
+
 def distillation_gradient(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
     weights: Tensor | None,
     options: Options,
-    vocab: int,
+    columns: Columns,
     normaliser: Tensor,
     student_entropy: Tensor,
     *,
-    inplace: bool,
+    out: Tensor | None,
     d_divergence: Tensor | None,
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
 ) -> Tensor:
-    """Gradient [N, V_s] of the student's logits, in their dtype; with ``inplace`` written over them."""
+    """Gradient [N, V_s] of the student's logits, in ``out`` (maybe the logits themselves) or a new tensor."""
     kernels = importlib.import_module("caop_kernels")
-    unit, teacher = unit_columns(student), unit_columns(teacher)
     flows = d_divergence is not None
     coefficients = kernels.distillation_coefficients(
         normaliser,
-        n_cols=vocab,
+        n_cols=columns.total,
         labels=labels,
         beta=options.beta,
         temperature=options.temperature,
@@ -108,22 +139,32 @@ def distillation_gradient(
         d_logprob=d_logprob,
         d_entropy=d_entropy,
     )
-    gradient = kernels.logit_gradient(
-        unit,
-        teacher,
+    return _logit_gradient(
+        student,
+        unit_columns(teacher),
         coefficients,
-        labels=labels,
+        out,
+        labels=columns.local(labels),
         weights=weights,
-        vocab_size=vocab,
+        vocab_size=columns.width,
         beta=options.beta if options.interior and flows else None,
         ratio=flows and (isinstance(options.beta, Tensor) or options.beta > 0),
         teacher=flows and (isinstance(options.beta, Tensor) or options.beta == 0),
         log=d_entropy is not None,
         label=d_logprob is not None,
-        inplace=inplace,
         **_scalars(options),
     )
-    return student.copy_(gradient) if inplace and unit is not student else gradient
+
+
+def _logit_gradient(
+    student: Tensor, teacher: Tensor | None, coefficients: Tensor, out: Tensor | None, /, **options: Any
+) -> Tensor:
+    """The gradient kernel, for logits of any column stride."""
+    unit = unit_columns(student)
+    over = out is student
+    target = unit if over else out
+    found = importlib.import_module("caop_kernels").logit_gradient(unit, teacher, coefficients, out=target, **options)
+    return student.copy_(found) if over and unit is not student else found
 
 
 def token_rows(
@@ -151,18 +192,17 @@ def token_gradient(
     entropy: Tensor,
     temperature: float,
     softcap: float | None,
-    vocab: int,
+    columns: Columns,
     *,
-    inplace: bool,
+    out: Tensor | None,
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
     d_lse: Tensor | None,
 ) -> Tensor:
-    """Gradient [N, V] of the logits, in their dtype; with ``inplace`` written over them."""
-    kernels = importlib.import_module("caop_kernels")
-    coefficients = kernels.distillation_coefficients(
+    """Gradient [N, V] of the logits, in ``out`` (maybe the logits themselves) or a new tensor."""
+    coefficients = importlib.import_module("caop_kernels").distillation_coefficients(
         normaliser,
-        n_cols=vocab,
+        n_cols=columns.total,
         labels=labels,
         temperature=temperature,
         student_entropy=entropy,
@@ -170,21 +210,19 @@ def token_gradient(
         d_entropy=d_entropy,
         d_lse=d_lse,
     )
-    unit = unit_columns(logits)
-    gradient = kernels.logit_gradient(
-        unit,
+    return _logit_gradient(
+        logits,
         None,
         coefficients,
-        labels=labels,
+        out,
+        labels=columns.local(labels),
         weights=weights,
         temperature=temperature,
         student_softcap=softcap,
-        vocab_size=vocab,
+        vocab_size=columns.width,
         log=d_entropy is not None,
         label=d_logprob is not None,
-        inplace=inplace,
     )
-    return logits.copy_(gradient) if inplace and unit is not logits else gradient
 
 
 def row_state(student: Tensor, teacher: Tensor, labels: Tensor | None, options: Options, vocab: int) -> Tensor:

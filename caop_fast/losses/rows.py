@@ -1,4 +1,4 @@
-"""Runs ``reference/divergence.py`` over many rows, in blocks that stay in cache.
+"""Runs the definitions in ``reference/`` over many rows, in blocks that stay in cache.
 
 On the CPU a block is small enough for its half dozen arrays to stay in the cache while a dozen passes go over them,
 which is where the speed comes from; elsewhere it is large enough to fill the device.
@@ -12,15 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from caop_fast.losses.reference import states, tokens
 from caop_fast.losses.reference.divergence import (
     Block,
     Options,
     RowStatistics,
+    choose_divergence,
     coefficients,
     logit_gradient,
+    mixture_excess,
     needs_care,
     open_block,
     row_statistics,
+    weighted_sum,
 )
 
 CPU_BLOCK_ELEMENTS = 1 << 19  # 2 MB of float32: measured best between 2**18 and 2**19, twice as slow from 2**21 on
@@ -91,6 +95,22 @@ def block_gradient(
     return None if found is None else logit_gradient(block, rows, found, labels, options, careful=careful)
 
 
+class Columns(NamedTuple):
+    """Which ids of a vocabulary of ``total`` the first ``width`` columns of some logits are: from ``first`` on."""
+
+    first: int
+    width: int
+    total: int
+
+    @staticmethod
+    def whole(vocab: int) -> Columns:
+        return Columns(0, vocab, vocab)
+
+    def local(self, labels: Tensor | None) -> Tensor | None:
+        """Labels relative to the first column; those of other columns, and -100, are not in [0, width)."""
+        return labels if labels is None or self.first == 0 else labels - self.first
+
+
 class Rows(NamedTuple):
     """Statistics of N rows, [N] each, and what a gradient needs to know of them."""
 
@@ -143,47 +163,164 @@ def distillation_rows(
     )
 
 
+def distillation_chunk(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    options: Options,
+    dtype: torch.dtype,
+    d_divergence: Tensor | None,
+) -> RowStatistics:
+    """Statistics of logits [N, V]; given ``d_divergence`` [N], the gradient is written over the student's.
+
+    Both come from the same exponentials. The logits are overwritten in any case.
+    """
+    found = []
+    for rows in row_blocks(student.shape[0], student.shape[1], student.device, None):
+        chosen, block_labels = take_options(options, rows), take(labels, rows)
+        block, statistics, careful = block_statistics(
+            student[rows],
+            teacher[rows],
+            block_labels,
+            chosen,
+            dtype,
+            consume=True,
+            slope=d_divergence is not None and options.student_softcap is not None,
+        )
+        found.append(statistics)
+        if d_divergence is not None:
+            flow = d_divergence[rows].view(-1, 1) / options.temperature
+            gradient = block_gradient(block, statistics, block_labels, chosen, careful=careful, d_divergence=flow)
+            if gradient.data_ptr() != student[rows].data_ptr():
+                student[rows] = gradient
+    return join_statistics(found)
+
+
+def state_rows(state: Tensor, labels: Tensor | None, options: Options) -> Rows:
+    """Statistics of rows from the state [12, N] of all their columns; an interior divergence is left to the mixture."""
+    found = states.finish_state(state, labels)
+    return Rows(
+        pick_divergence(options.beta, found.forward_kl, found.reverse_kl),
+        found.student_logprob,
+        found.teacher_logprob,
+        found.student_entropy,
+        found.teacher_entropy,
+        states.normaliser(state),
+        True,
+    )
+
+
+def pick_divergence(beta: float | Tensor, forward: Tensor, reverse: Tensor) -> Tensor:
+    """``choose_divergence`` of [N]."""
+    return choose_divergence(beta, forward.view(-1, 1), reverse.view(-1, 1)).view(-1)
+
+
+def mixture_sums(student: Tensor, teacher: Tensor, options: Options, normaliser: Tensor) -> Tensor:
+    """The sums [1, 2, N] of an interior divergence over some columns; those of other columns are added to them."""
+    sums = []
+    for rows in row_blocks(student.shape[0], student.shape[1], student.device, None):
+        known = known_statistics(normaliser[:, rows], normaliser[0, rows])
+        block, *_ = open_block(student[rows], teacher[rows], options, normaliser.dtype, known=known)
+        excess = mixture_excess(block, known.log_ratio, options, needs_care(block))
+        parts = [-weighted_sum(e, x) for e, x in zip((block.student_e, block.teacher_e), excess, strict=True)]
+        sums.append(torch.cat(parts, -1).t())
+    return torch.cat(sums, 1).unsqueeze(0)
+
+
+def finish_mixture(sums: Tensor, normaliser: Tensor, options: Options) -> Tensor:
+    """The interior divergence [N] of sums [K, 2, N]; its mean ratio goes into the normaliser."""
+    mean_ratio, mean_teacher = sums.sum(0) / normaliser[2:4]
+    normaliser[5] = mean_ratio
+    return (options.beta * mean_teacher + (1 - options.beta) * mean_ratio).clamp_(min=0)
+
+
 def distillation_gradient(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor | None,
     weights: Tensor | None,
     options: Options,
-    vocab: int,
+    columns: Columns,
     normaliser: Tensor,
     student_entropy: Tensor,
     *,
-    careful: bool,
-    inplace: bool,
+    careful: bool | None = None,
+    out: Tensor | None,
     d_divergence: Tensor | None,
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
 ) -> Tensor:
-    """Gradient [N, V_s] of the student's logits, in their dtype; with ``inplace`` written over them."""
+    """Gradient [N, V_s] of the student's logits, in ``out`` (maybe the logits themselves) or a new tensor like them.
+
+    ``careful`` None: each block is asked.
+    """
     live, dead = live_rows(weights)
     upstream = {"d_divergence": d_divergence, "d_logprob": d_logprob, "d_entropy": d_entropy}
     upstream = {k: v.view(-1, 1) / options.temperature for k, v in upstream.items() if v is not None}
-    gradient = student if inplace else torch.empty_like(student, memory_format=torch.contiguous_format)
+    gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if out is None else out
+    local = columns.local(labels)
     if live is not None:
         dead = weights == 0
-    for rows in row_blocks(student.shape[0], vocab, student.device, live):
+    for rows in row_blocks(student.shape[0], columns.width, student.device, live):
         known = known_statistics(normaliser[:, rows], student_entropy[rows])
         chosen = take_options(options, rows)
         block, *_ = open_block(
-            student[rows, :vocab],
-            teacher[rows, :vocab],
+            student[rows, : columns.width],
+            teacher[rows, : columns.width],
             chosen,
             normaliser.dtype,
             known=known,
             consume=isinstance(rows, Tensor),
             slope=options.student_softcap is not None,
         )
-        part = block_gradient(
-            block, known, take(labels, rows), chosen, careful=careful, **{k: v[rows] for k, v in upstream.items()}
-        )
-        gradient[rows, :vocab] = 0 if part is None else part.to(gradient.dtype)
-    gradient[:, vocab:] = 0
+        flows = {k: v[rows] for k, v in upstream.items()}
+        found = coefficients(known, chosen, take(labels, rows), columns.total, **flows)
+        if found is None:
+            gradient[rows, : columns.width] = 0
+            continue
+        care = needs_care(block) if careful is None else careful
+        part = logit_gradient(block, known, found, take(local, rows), chosen, careful=care)
+        gradient[rows, : columns.width] = part.to(gradient.dtype)
+    gradient[:, columns.width :] = 0
     return gradient if dead is None else gradient.masked_fill_(dead.view(-1, 1), 0)
+
+
+def token_gradient(
+    logits: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    normaliser: Tensor,
+    entropy: Tensor,
+    temperature: float,
+    softcap: float | None,
+    columns: Columns,
+    *,
+    out: Tensor | None,
+    d_logprob: Tensor | None,
+    d_entropy: Tensor | None,
+    d_lse: Tensor | None,
+) -> Tensor:
+    """Gradient [N, V] of one model's logits, in ``out`` (maybe the logits themselves) or a new tensor like them."""
+    live, _ = live_rows(weights)
+    upstream = {"d_logprob": d_logprob, "d_entropy": d_entropy, "d_lse": d_lse}
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
+    local = columns.local(labels)
+    for rows in row_blocks(logits.shape[0], columns.width, logits.device, live):
+        gradient[rows, : columns.width] = tokens.token_gradient(
+            logits[rows, : columns.width],
+            take(labels, rows),
+            temperature,
+            softcap,
+            normaliser[0, rows].view(-1, 1),
+            normaliser[1, rows].view(-1, 1),
+            entropy[rows].view(-1, 1),
+            **{k: None if v is None else v[rows].view(-1, 1) for k, v in upstream.items()},
+            vocab=columns.total,
+            local_labels=take(local, rows),
+            consume=isinstance(rows, Tensor),
+        ).to(gradient.dtype)
+    gradient[:, columns.width :] = 0
+    return gradient if weights is None else gradient.masked_fill_((weights == 0).view(-1, 1), 0)
 
 
 def known_statistics(normaliser: Tensor, student_entropy: Tensor) -> RowStatistics:

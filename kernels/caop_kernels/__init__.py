@@ -3,6 +3,7 @@
 available(device) -> None | reason      whether the kernels can run on tensors of that device
 row_statistics(...) -> RowStatistics    both KLs, log-probs, entropies and lse of each row, from one read
 mixture_divergence(...)                 generalised Jensen-Shannon divergence of each row, from a second read
+mixture_sums, finish_mixture            the same from parts of the columns
 distillation_coefficients(...)          what flows into those statistics, as coefficients per row of
 logit_gradient(...)                     the gradient of the student's logits, elementwise
 set_autotune(on)                        time launch configurations instead of taking them from the table
@@ -18,7 +19,7 @@ from caop_kernels.backend import available, missing_triton
 
 if TYPE_CHECKING:
     from caop_kernels.gradient import distillation_coefficients, logit_gradient
-    from caop_kernels.mixture import mixture_divergence
+    from caop_kernels.mixture import finish_mixture, mixture_divergence, mixture_sums
     from caop_kernels.row_stats import STATISTICS, RowStatistics, row_statistics
     from caop_kernels.shards import finish_state, merge_states, row_state
     from caop_kernels.tuning import set_autotune
@@ -28,10 +29,12 @@ __all__ = [
     "RowStatistics",
     "available",
     "distillation_coefficients",
+    "finish_mixture",
     "finish_state",
     "logit_gradient",
     "merge_states",
     "mixture_divergence",
+    "mixture_sums",
     "row_state",
     "row_statistics",
     "set_autotune",
@@ -41,9 +44,11 @@ _HOME = {
     "STATISTICS": "caop_kernels.row_stats",
     "RowStatistics": "caop_kernels.row_stats",
     "distillation_coefficients": "caop_kernels.gradient",
+    "finish_mixture": "caop_kernels.mixture",
     "finish_state": "caop_kernels.shards",
     "logit_gradient": "caop_kernels.gradient",
     "mixture_divergence": "caop_kernels.mixture",
+    "mixture_sums": "caop_kernels.mixture",
     "merge_states": "caop_kernels.shards",
     "row_state": "caop_kernels.shards",
     "row_statistics": "caop_kernels.row_stats",

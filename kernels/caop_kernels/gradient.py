@@ -338,33 +338,37 @@ def logit_gradient(
     log: bool = False,
     teacher: bool = False,
     label: bool = False,
-    inplace: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient [N, V_s] of the student's logits, in their dtype; columns from `vocab_size` on get 0.
+    """The gradient [N, V_s] of the student's logits; columns from `vocab_size` on get 0.
 
     Args:
         student_logits: [N, V_s], unit column stride, any row stride.
         teacher_logits: [N, V_t], likewise; may be None where neither `ratio` nor `teacher` is asked for.
         coefficients: [COEFFICIENT_FIELDS, N] contiguous, in the dtype of computation (float32, or float64).
-        labels: [N] int64, read with `label`.
+        labels: [N] int64, read with `label`; one that is not among the columns meets none.
         weights: [N], or None. Rows of weight 0 are not read; their gradient is 0.
         temperature, student_softcap, teacher_softcap, vocab_size: as in the forward.
         beta: the interior beta whose mixture `ratio` refers to; None for the plain log-ratio.
         ratio, log, teacher, label: which terms of the gradient are there; the others are compiled out.
-        inplace: write over `student_logits` and return them.
+        out: [N, V_s] with unit column stride, of any floating dtype: what is written and returned. May be
+            `student_logits` itself, but share no memory with them otherwise. None for a new tensor in their dtype.
     """
     n_rows, n_out = student_logits.shape
     n_cols = n_out if vocab_size is None else vocab_size
-    out = student_logits if inplace else torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+    inplace = out is student_logits
+    if out is None:
+        out = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
     if n_rows == 0:
         return out
     reads_teacher = ratio or teacher
-    operands = [student_logits, out, *([teacher_logits] if reads_teacher else [])]
+    loaded = [student_logits, *([teacher_logits] if reads_teacher else [])]
+    operands = [*loaded, out]
     backend = backend_of(student_logits.device)
     double = coefficients.dtype == torch.float64
     table = gradient_launch(
         backend,
-        min(t.element_size() for t in operands),
+        min(t.element_size() for t in loaded),
         aligned=is_aligned(*operands),
         lean=not (double or beta is not None or student_softcap is not None or teacher_softcap is not None),
     )

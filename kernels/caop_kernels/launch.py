@@ -88,7 +88,8 @@ def mixture_launch(backend: str, itemsize: int, *, aligned: bool, lean: bool) ->
 
 
 def gradient_launch(backend: str, itemsize: int, *, aligned: bool, lean: bool) -> RowLaunch:
-    """The configuration of the elementwise gradient kernel; `itemsize` is that of the smallest dtype it touches.
+    """The configuration of the elementwise gradient kernel; `itemsize` is that of the smallest dtype it loads
+    (the store of a narrower gradient is then narrower, too, and still whole sectors).
 
     The tile is the statistics kernel's. Nothing is carried from tile to tile, so one tile per trip keeps registers low
     and occupancy, which hides the latency here, high. `lean` variants take two to halve the loop's own instructions,

@@ -197,12 +197,39 @@ def mixture_divergence(
         beta: weight of the teacher in the mixture.
         n_cols: how many columns to compare.
     """
+    sums = mixture_sums(
+        student_logits,
+        teacher_logits,
+        normaliser,
+        beta=beta,
+        n_cols=n_cols,
+        weights=weights,
+        temperature=temperature,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+    )
+    return finish_mixture(sums, normaliser, beta=beta, weights=weights)
+
+
+def mixture_sums(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    normaliser: torch.Tensor,
+    *,
+    beta: float,
+    n_cols: int,
+    weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+) -> torch.Tensor:
+    """The sums [chunks, MIXTURE_FIELDS, N] over some columns of rows whose ``normaliser`` is known; as above.
+
+    Sums of disjoint sets of columns are put together along the first axis, or added.
+    """
     n_rows = student_logits.shape[0]
     weights = None if weights is None else weights.contiguous()
     dtype = normaliser.dtype
-    divergence = normaliser.new_empty(n_rows)
-    if n_rows == 0:
-        return divergence
     backend = backend_of(student_logits.device)
     double = dtype == torch.float64
     softcap = student_softcap is not None or teacher_softcap is not None
@@ -214,6 +241,8 @@ def mixture_divergence(
     )
     chunks = triton.cdiv(n_cols, CHUNK)
     sums = normaliser.new_empty((chunks, MIXTURE_FIELDS.value, n_rows))
+    if n_rows == 0:
+        return sums
 
     def run(config: RowLaunch) -> None:
         mixture_kernel[(n_rows, chunks)](
@@ -240,16 +269,28 @@ def mixture_divergence(
     key = ("mixture", n_cols, student_logits.dtype, teacher_logits.dtype, student_softcap, teacher_softcap)
     with current_device(student_logits.device):
         run(chosen(key, student_logits.device, table, run))
+    return sums
+
+
+def finish_mixture(
+    sums: torch.Tensor, normaliser: torch.Tensor, *, beta: float, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """D(beta) [N] of the sums [K, MIXTURE_FIELDS, N] of all columns; the normaliser's last field is overwritten."""
+    n_rows = normaliser.shape[1]
+    divergence = normaliser.new_empty(n_rows)
+    if n_rows == 0:
+        return divergence
+    with current_device(normaliser.device):
         finish_mixture_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
-            sums,
+            sums.contiguous(),
             normaliser,
-            weights,
+            None if weights is None else weights.contiguous(),
             divergence,
             n_rows,
-            chunks,
+            sums.shape[0],
             beta=beta,
             ROWS=MERGE_ROWS,
-            COMPUTE=compute_type(dtype),
-            num_warps=merge_warps(backend),
+            COMPUTE=compute_type(normaliser.dtype),
+            num_warps=merge_warps(backend_of(normaliser.device)),
         )
     return divergence

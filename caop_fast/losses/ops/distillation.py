@@ -111,11 +111,13 @@ def distillation_gradient(
         name: None if value is None else value.to(normaliser.dtype).contiguous()
         for name, value in (("d_divergence", d_divergence), ("d_logprob", d_logprob), ("d_entropy", d_entropy))
     }
-    arguments = (student, teacher, labels, weights, options, vocab, normaliser, student_entropy)
+    columns = rows.Columns.whole(vocab)
+    arguments = (student, teacher, labels, weights, options, columns, normaliser, student_entropy)
+    out = student if inplace else None
     if triton:
-        return on_triton.distillation_gradient(*arguments, inplace=inplace, **upstream)
+        return on_triton.distillation_gradient(*arguments, out=out, **upstream)
     careful = student.device.type != "cpu" or bool(careful)  # elsewhere to look would make the host wait
-    return rows.distillation_gradient(*arguments, careful=careful, inplace=inplace, **upstream)
+    return rows.distillation_gradient(*arguments, careful=careful, out=out, **upstream)
 
 
 gradient = gradient_operators("distillation_rows_backward", distillation_gradient, once=ONCE)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from caop_fast.losses import checks, on_triton
+from caop_fast.losses import checks, on_triton, rows
 from caop_fast.losses.ops.gradients import differentiate, gradient_operators
-from caop_fast.losses.reference.tokens import token_gradient, token_statistics
+from caop_fast.losses.reference.tokens import token_statistics
 from caop_fast.losses.rows import live_rows, row_blocks, spread, take
 
 ONCE = "token_statistics can be differentiated once: double backward through it is not supported"
@@ -36,9 +36,14 @@ def token_rows(
         live, dead = live_rows(weights)
         blocks = [
             token_statistics(
-                logits[rows, :vocab], take(labels, rows), temperature, softcap, dtype, consume=isinstance(rows, Tensor)
+                logits[block, :vocab],
+                take(labels, block),
+                temperature,
+                softcap,
+                dtype,
+                consume=isinstance(block, Tensor),
             )
-            for rows in row_blocks(n_rows, vocab, logits.device, live)
+            for block in row_blocks(n_rows, vocab, logits.device, live)
         ]
         shift, total, lse, entropy, logprob = (
             None if parts[0] is None else spread(torch.cat(parts), n_rows, live, dead)
@@ -89,24 +94,19 @@ def token_gradient_rows(
         name: None if value is None else value.to(normaliser.dtype).contiguous()
         for name, value in (("d_logprob", d_logprob), ("d_entropy", d_entropy), ("d_lse", d_lse))
     }
-    if triton:
-        return on_triton.token_gradient(
-            logits, labels, weights, normaliser, entropy, temperature, softcap, vocab, inplace=inplace, **upstream
-        )
-    live, _ = live_rows(weights)
-    out = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for rows in row_blocks(logits.shape[0], vocab, logits.device, live):
-        out[rows, :vocab] = token_gradient(
-            logits[rows, :vocab],
-            take(labels, rows),
-            temperature,
-            softcap,
-            *(column[rows].view(-1, 1) for column in (*normaliser, entropy)),
-            **{k: None if v is None else v[rows].view(-1, 1) for k, v in upstream.items()},
-            consume=isinstance(rows, Tensor),
-        ).to(out.dtype)
-    out[:, vocab:] = 0
-    return out if weights is None else out.masked_fill_((weights == 0).view(-1, 1), 0)
+    run = on_triton.token_gradient if triton else rows.token_gradient
+    return run(
+        logits,
+        labels,
+        weights,
+        normaliser,
+        entropy,
+        temperature,
+        softcap,
+        rows.Columns.whole(vocab),
+        out=logits if inplace else None,
+        **upstream,
+    )
 
 
 gradient = gradient_operators("token_rows_backward", token_gradient_rows, once=ONCE)

@@ -307,6 +307,8 @@ def logit_gradient(
 ) -> Tensor:
     """Gradient [R, V] with respect to ``a``, times the softcap's derivative. Overwrites the block.
 
+    ``labels`` are relative to the block's first column; one that is not among its columns adds nothing here.
+
     Written with p = e/Z and log p = u - log Z, so constants of a row fold into its coefficients.
     """
     us, es, ut, et, slope = block
@@ -336,6 +338,12 @@ def logit_gradient(
     if c.teacher is not None:
         gradient.sub_(et.mul_(c.teacher / rows.teacher_total))
     if c.label is not None:
-        column = labels.view(-1, 1).clamp(0, es.shape[-1] - 1)
-        gradient.scatter_add_(-1, column, c.label)
+        add_at_labels(gradient, labels, c.label)
     return gradient if slope is None else gradient.mul_(slope)
+
+
+def add_at_labels(gradient: Tensor, labels: Tensor, values: Tensor) -> None:
+    """Add ``values`` [R, 1] to ``gradient`` [R, V] at the labels [R] that are among its columns."""
+    column = labels.view(-1, 1)
+    inside = (column >= 0) & (column < gradient.shape[-1])
+    gradient.scatter_add_(-1, torch.where(inside, column, 0), torch.where(inside, values, 0.0))

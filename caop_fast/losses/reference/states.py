@@ -63,6 +63,14 @@ def row_state(student: Tensor, teacher: Tensor, labels: Tensor | None, options: 
     return torch.stack([f.to(dtype) for f in fields])
 
 
+def empty_state(n_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The state [12, N] of no columns."""
+    state = torch.zeros(STATE_FIELDS, n_rows, dtype=dtype, device=device)
+    state[:2] = FLOOR
+    state[10:] = ABSENT
+    return state
+
+
 def merge_states(states: Tensor) -> Tensor:
     """The state [12, N] of the union of disjoint sets of columns, from theirs, [S, 12, N]."""
     merged = states[0].clone()
@@ -99,13 +107,8 @@ def _rebase(state: Tensor, new_m_s: Tensor, new_m_t: Tensor) -> Tensor:
 
 def finish_state(state: Tensor, labels: Tensor | None) -> RowStatistics:
     """Statistics [N] in nats of a state [12, N]."""
-    m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, support, y_s, y_t = state
-    # A side without a single finite logit has no distribution.
-    z_s, z_t = (torch.where(z > 0, z, math.nan) for z in (z_s, z_t))
-    log_ratio = torch.where(d.abs() <= z_t / 2, (d / z_t).log1p(), z_s.log() - z_t.log())
-    both = support.isnan()
-    forward = torch.where(both | (support == math.inf), math.inf, c_t / z_t * LN2) + log_ratio
-    reverse = torch.where(both | (support == -math.inf), math.inf, -c_s / z_s * LN2) - log_ratio
+    m_s, m_t, _, _, _, a_s, a_t, *_, y_s, y_t = state
+    z_s, z_t, _, forward, reverse = _ratios(state)
     logprobs = [None, None]
     if labels is not None:
         logprobs = [
@@ -122,3 +125,31 @@ def finish_state(state: Tensor, labels: Tensor | None) -> RowStatistics:
         student_entropy=(z_s.log() - a_s / z_s * LN2).clamp(min=0),
         teacher_entropy=(z_t.log() - a_t / z_t * LN2).clamp(min=0),
     )
+
+
+def _ratios(state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Partition sums, the log of their quotient, and both KLs as they are, [N] each."""
+    _, _, z_s, z_t, d, _, _, c_t, c_s, support, *_ = state
+    # A side without a single finite logit has no distribution.
+    z_s, z_t = (torch.where(z > 0, z, math.nan) for z in (z_s, z_t))
+    log_ratio = torch.where(d.abs() <= z_t / 2, (d / z_t).log1p(), z_s.log() - z_t.log())
+    both = support.isnan()
+    forward = torch.where(both | (support == math.inf), math.inf, c_t / z_t * LN2) + log_ratio
+    reverse = torch.where(both | (support == -math.inf), math.inf, -c_s / z_s * LN2) - log_ratio
+    return z_s, z_t, log_ratio, forward, reverse
+
+
+def normaliser(state: Tensor) -> Tensor:
+    """[6, N] of a state [12, N]: what a gradient needs, in the order of ``rows.Rows``.
+
+    The shifts are maxima in nats, m ln2 as far as the dtype can hold it; what its rounding leaves out, 5e-4 at
+    logits of 1e4, goes into the partition sums.
+    """
+    z_s, z_t, log_ratio, _, reverse = _ratios(state)
+    shifts, rests, totals = [], [], []
+    for m, z in ((state[0], z_s), (state[1], z_t)):
+        shifts.append(m * LN2)
+        rests.append(m.double() * LN2 - shifts[-1].double())
+        totals.append((z.double() * rests[-1].exp()).to(z.dtype))
+    log_ratio = (log_ratio.double() + rests[0] - rests[1]).to(log_ratio.dtype)
+    return torch.stack([*shifts, *totals, log_ratio, reverse])

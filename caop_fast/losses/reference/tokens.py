@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from caop_fast.losses.reference.divergence import EXCLUDED, blank_labels, label_logprob, temper
+from caop_fast.losses.reference.divergence import EXCLUDED, add_at_labels, blank_labels, label_logprob, temper
 
 
 class TokenBlock(NamedTuple):
@@ -72,14 +72,19 @@ def token_gradient(
     d_logprob: Tensor | None,
     d_entropy: Tensor | None,
     d_lse: Tensor | None,
+    vocab: int,
+    local_labels: Tensor | None,
     consume: bool = False,
 ) -> Tensor:
-    """Gradient [R, V] of the raw logits for what flows into the statistics, [R, 1] each or None."""
+    """Gradient [R, V] of the raw logits for what flows into the statistics, [R, 1] each or None.
+
+    The logits may be some columns of ``vocab``; ``local_labels`` are the labels relative to the first of them.
+    """
     u, e, _, slope = _open(logits, temperature, softcap, shift.dtype, shift, consume)
     constant = torch.zeros_like(total) if d_lse is None else d_lse
     label = None
     if d_logprob is not None:
-        label = blank_labels(d_logprob, labels.view(-1, 1), e.shape[-1])
+        label = blank_labels(d_logprob, labels.view(-1, 1), vocab)
         constant = constant - label
     if d_entropy is None:
         gradient = e.mul_(constant / total)
@@ -87,6 +92,6 @@ def token_gradient(
         constant = constant - d_entropy * (entropy - total.log())
         gradient = e.mul_(u.mul_(-d_entropy).add_(constant).div_(total))
     if label is not None:
-        gradient.scatter_add_(-1, labels.view(-1, 1).clamp(0, e.shape[-1] - 1), label)
+        add_at_labels(gradient, local_labels, label)
     gradient = gradient if slope is None else gradient.mul_(slope)
     return gradient.div_(temperature)

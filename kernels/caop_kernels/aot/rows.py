@@ -55,6 +55,13 @@ def variants() -> Iterator[Variant]:
         yield _states(student, teacher, aligned=True)
         yield _mixture(student, teacher, aligned=True)
         yield _gradient(student, teacher, "everything", aligned=True)
+    # Chunks of the linear losses: float32 logits in, the gradient in the dtype of the GEMMs that follow.
+    for dtype, softcap in product(("bf16", "fp16"), (False, True)):
+        for kind in GRADIENT_TERMS if dtype == "bf16" else ("everything", "interior-everything"):
+            yield _gradient("fp32", "fp32", kind, aligned=True, softcap=softcap, out=dtype, suffix=f"-to-{dtype}")
+    yield _states("fp32", "fp32", aligned=True, suffix="-ragged", ragged=True)
+    yield _mixture("fp32", "fp32", aligned=True, suffix="-ragged", ragged=True)
+    yield _gradient("fp32", "fp32", "everything", aligned=True, out="bf16", suffix="-to-bf16-ragged", ragged=True)
     subsets = {
         "forward": ("forward_kl",),
         "reverse": ("reverse_kl",),
@@ -95,19 +102,26 @@ def _looped(
     *,
     aligned: bool,
     hip_constants: dict[str, Any] | None = None,
+    out: str | None = None,
+    ragged: bool = False,
 ) -> Variant:
-    """A variant of a kernel that walks over rows of logits."""
+    """A variant of a kernel that walks over rows of logits.
+
+    ``out`` is the dtype of what it writes; ``ragged`` rows start aligned and end anywhere, as in the padded chunks of
+    the linear losses.
+    """
     double = "fp64" in (student, teacher)
     special = {
         "student_ptr": f"*{student}",
         "teacher_ptr": f"*{teacher}",
-        "out_ptr": f"*{student}",
+        "out_ptr": f"*{out or student}",
         "labels_ptr": "*i64",
     }
     types = argument_types(kernel, special, double=double)
     known = [n for n, t in types.items() if t.startswith("*") and constants.get(n, 0) is not None]
     if aligned:
-        known += [n for n in ("student_stride", "teacher_stride", "out_stride", "n_cols", "n_out") if n in types]
+        divisible = ("student_stride", "teacher_stride", "out_stride", *(() if ragged else ("n_cols", "n_out")))
+        known += [n for n in divisible if n in types]
     return Variant(
         name=name,
         kernel=kernel,
@@ -135,6 +149,7 @@ def _states(
     softcap: bool = False,
     asked: Collection[str] = STATISTICS,
     suffix: str = "",
+    ragged: bool = False,
 ) -> Variant:
     launch = {
         b: statistics_launch(
@@ -150,10 +165,12 @@ def _states(
         **({} if teacher else {"teacher_ptr": None}),
     }
     name = _name("statistics", student, teacher, aligned, softcap, suffix)
-    return _looped(name, chunk_state_kernel, student, teacher, launch, constants, aligned=aligned)
+    return _looped(name, chunk_state_kernel, student, teacher, launch, constants, aligned=aligned, ragged=ragged)
 
 
-def _mixture(student: str, teacher: str, *, aligned: bool, softcap: bool = False) -> Variant:
+def _mixture(
+    student: str, teacher: str, *, aligned: bool, softcap: bool = False, suffix: str = "", ragged: bool = False
+) -> Variant:
     double = "fp64" in (student, teacher)
     launch = {
         b: mixture_launch(b, _itemsize(student, teacher), aligned=aligned, lean=not (softcap or double))
@@ -161,7 +178,7 @@ def _mixture(student: str, teacher: str, *, aligned: bool, softcap: bool = False
     }
     constants = {"SOFTCAP_S": softcap, "SOFTCAP_T": softcap, "FAST_LOG2": fast_log2("cuda", double)}
     return _looped(
-        _name("mixture", student, teacher, aligned, softcap),
+        _name("mixture", student, teacher, aligned, softcap, suffix),
         mixture_kernel,
         student,
         teacher,
@@ -169,10 +186,21 @@ def _mixture(student: str, teacher: str, *, aligned: bool, softcap: bool = False
         constants,
         aligned=aligned,
         hip_constants={"FAST_LOG2": False},
+        ragged=ragged,
     )
 
 
-def _gradient(student: str, teacher: str, kind: str, *, aligned: bool, softcap: bool = False) -> Variant:
+def _gradient(
+    student: str,
+    teacher: str,
+    kind: str,
+    *,
+    aligned: bool,
+    softcap: bool = False,
+    out: str | None = None,
+    suffix: str = "",
+    ragged: bool = False,
+) -> Variant:
     terms = GRADIENT_TERMS[kind]
     needs_teacher = bool(terms & {"TEACHER", "RATIO"})
     double = "fp64" in (student, teacher)
@@ -195,7 +223,7 @@ def _gradient(student: str, teacher: str, kind: str, *, aligned: bool, softcap: 
         **({} if "LABEL" in terms else {"labels_ptr": None}),
     }
     return _looped(
-        _name("gradient", student, teacher if needs_teacher else None, aligned, softcap, f"-{kind}"),
+        _name("gradient", student, teacher if needs_teacher else None, aligned, softcap, f"-{kind}{suffix}"),
         gradient_kernel,
         student,
         teacher if needs_teacher else None,
@@ -203,6 +231,8 @@ def _gradient(student: str, teacher: str, kind: str, *, aligned: bool, softcap: 
         constants,
         aligned=aligned,
         hip_constants={"FAST_LOG2": False},
+        out=out,
+        ragged=ragged,
     )
 
 

@@ -52,7 +52,8 @@ def kernel_gradient(
     gradient = caop_kernels.logit_gradient(
         student, teacher, coefficients, labels=labels, weights=weights, vocab_size=vocab_size,
         beta=beta if interior and diverges else None, ratio=diverges and (per_row or beta > 0),
-        teacher=diverges and (per_row or beta == 0), log="entropy" in flows, label="logprob" in flows, inplace=inplace,
+        teacher=diverges and (per_row or beta == 0), log="entropy" in flows, label="logprob" in flows,
+        out=student if inplace else None,
         **scalars,
     )  # fmt: skip
     return gradient, divergence

@@ -1,0 +1,48 @@
+"""Heads that are ``DTensor``s, as FSDP2 (``fully_shard``) leaves them: gathered once a call, reduced once a backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def gathered(name: str, weight: Tensor, *, sharded: bool) -> Tensor:
+    """A plain tensor of the whole of a ``DTensor``; anything else as it is.
+
+    The ranks of its mesh hold different tokens, so their gradients are averaged over it, as FSDP2 averages those of its
+    parameters: the full gradient of each rank is a partial sum that is reduced and scattered. (``full_tensor()`` alone
+    takes it for a replica and keeps this rank's slice of this rank's gradient.) With ``sharded`` a ``process_group``
+    shards the vocabulary, and a DTensor of another kind is an error.
+    """
+    if not _is_dtensor(weight):
+        return weight
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    described = (
+        f"{name} is a DTensor placed {tuple(weight.placements)} on a mesh of shape {tuple(weight.device_mesh.shape)}"
+    )
+    if sharded:
+        raise ValueError(f"{described}: with process_group pass this rank's rows of it, {name}.to_local()")
+    data_parallel = all(isinstance(p, (Shard, Replicate)) for p in weight.placements) and (
+        sum(isinstance(p, Shard) for p in weight.placements) <= 1
+    )
+    if not data_parallel:
+        raise ValueError(
+            f"{described}: only heads sharded once over data-parallel ranks (FSDP2) are gathered; for tensor "
+            f"parallelism pass {name}.to_local() and process_group"
+        )
+    mesh = weight.device_mesh
+    full = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad and torch.is_grad_enabled():
+        full.register_hook(lambda gradient: gradient / mesh.size())
+    return full
+
+
+def _is_dtensor(value: Any) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
