@@ -9,7 +9,11 @@ from __future__ import annotations
 from caop_fast.losses.bins import calibration_bins, soft_ece
 from caop_fast.losses.confidence import confidence_loss, confidence_loss_from_logprobs
 from caop_fast.losses.distillation import distillation_loss
+from caop_fast.losses.linear.confidence import linear_confidence_loss
 from caop_fast.losses.linear.distillation import linear_distillation_loss, linear_distillation_rows
+from caop_fast.losses.linear.shards import VocabularyShards
+from caop_fast.losses.linear.tokens import linear_token_statistics
+from caop_fast.losses.linear.topk import linear_topk_distillation_loss
 from caop_fast.losses.outputs import (
     CalibrationBins,
     ConfidenceOutput,
@@ -27,13 +31,17 @@ __all__ = [
     "DistillationOutput",
     "RowStatistics",
     "TokenStatistics",
+    "VocabularyShards",
     "calibration_bins",
     "confidence_loss",
     "confidence_loss_from_logprobs",
     "distillation_loss",
     "finish_state",
+    "linear_confidence_loss",
     "linear_distillation_loss",
     "linear_distillation_rows",
+    "linear_token_statistics",
+    "linear_topk_distillation_loss",
     "merge_states",
     "row_state",
     "soft_ece",

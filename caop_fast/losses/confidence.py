@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def confidence_loss(
     lead = logits.shape[:-1]
     vocab = checks.vocabulary(vocab_size, logits=logits.shape[-1])
     dtype = checks.statistics_dtype((logits,))
-    ids, candidate_values = _candidates(candidate_ids, candidate_values, logits.device, dtype)
+    ids, candidate_values = confidence_candidates(candidate_ids, candidate_values, logits.device, dtype)
     device = checks.one_device(
         {
             "logits": logits,
@@ -196,7 +197,37 @@ def _score(
     backend: str,
     validate: bool,
 ) -> ConfidenceOutput:
-    """The checks that both entries share, the operator, and the reduction."""
+    """What both entries share: checks, the operator, the reduction."""
+    score = check_score(target, lead, values.dtype, kind, outside_weight, weights, reduction, eps)
+    loss, expected, variance, outside, _ = confidence_rows(
+        source, ids, values, score.target, score.weights, kind, score.outside_weight, score.eps, temperature, softcap,
+        vocab, backend == "triton", validate,
+    )  # fmt: skip
+    return ConfidenceOutput(
+        reduce_rows(loss, score.weights, reduction, lead), expected.view(lead), variance.view(lead), outside.view(lead)
+    )
+
+
+class Score(NamedTuple):
+    """Checked arguments of a score: target and weights flattened, in the dtype of the statistics."""
+
+    target: Tensor
+    weights: Tensor | None
+    outside_weight: float
+    eps: float
+
+
+def check_score(
+    target: Tensor,
+    lead: torch.Size,
+    dtype: torch.dtype,
+    kind: str,
+    outside_weight: float,
+    weights: Tensor | None,
+    reduction: str,
+    eps: float,
+) -> Score:
+    """The arguments that all confidence losses share."""
     checks.choice("kind", kind, KINDS)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     outside_weight = checks.finite("outside_weight", outside_weight)
@@ -206,18 +237,11 @@ def _score(
     if eps >= 0.5:
         raise ValueError(f"eps must be in (0, 0.5), got {eps}")
     checks.floating_tensor("target", target)
-    flat_target = checks.shaped("target", target.detach(), lead).to(values.dtype)
-    row_weights = checks.row_weights(weights, None, lead, values.dtype, values=False)
-    loss, expected, variance, outside, _ = confidence_rows(
-        source, ids, values, flat_target, row_weights, kind, outside_weight, eps, temperature, softcap, vocab,
-        backend == "triton", validate,
-    )  # fmt: skip
-    return ConfidenceOutput(
-        reduce_rows(loss, row_weights, reduction, lead), expected.view(lead), variance.view(lead), outside.view(lead)
-    )
+    flat_target = checks.shaped("target", target.detach(), lead).to(dtype)
+    return Score(flat_target, checks.row_weights(weights, None, lead, dtype, values=False), outside_weight, eps)
 
 
-def _candidates(
+def confidence_candidates(
     ids: Tensor | Sequence[int], values: Tensor | Sequence[float], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Candidates as int64 [C] and ``dtype`` [C]."""

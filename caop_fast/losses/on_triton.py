@@ -80,8 +80,7 @@ def distillation_rows(
 
 def state_rows(state: Tensor, labels: Tensor | None, options: Options) -> Rows:
     """Statistics of rows from the state [12, N] of all their columns; an interior divergence is left to the mixture."""
-    kernels = importlib.import_module("caop_kernels")
-    found = kernels.finish_state(state, labels)
+    found = finished(state, labels)
     return Rows(
         pick_divergence(options.beta, found.forward_kl, found.reverse_kl),
         found.student_logprob,
@@ -237,7 +236,12 @@ def merge_states(states: Tensor) -> Tensor:
     return importlib.import_module("caop_kernels").merge_states(states)
 
 
+def finished(state: Tensor, labels: Tensor | None) -> Any:
+    """The kernels' statistics of a state [12, N], with the normaliser."""
+    return importlib.import_module("caop_kernels").finish_state(state, labels)
+
+
 def finish_state(state: Tensor, labels: Tensor | None) -> RowStatistics:
     """The statistics of a state [12, N]."""
-    found = importlib.import_module("caop_kernels").finish_state(state, labels)
+    found = finished(state, labels)
     return RowStatistics(*(getattr(found, name) for name in RowStatistics._fields))

@@ -110,6 +110,14 @@ class Columns(NamedTuple):
         """Labels relative to the first column; those of other columns, and -100, are not in [0, width)."""
         return labels if labels is None or self.first == 0 else labels - self.first
 
+    def within(self, ids: slice) -> Columns:
+        """Some of these columns."""
+        return Columns(self.first + ids.start, ids.stop - ids.start, self.total)
+
+    def of(self, logits: Tensor) -> Tensor:
+        """These columns of logits of the whole vocabulary."""
+        return logits[:, self.first : self.first + self.width]
+
 
 class Rows(NamedTuple):
     """Statistics of N rows, [N] each, and what a gradient needs to know of them."""

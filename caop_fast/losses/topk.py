@@ -88,7 +88,7 @@ def topk_distillation_loss(
     """
     checks.floating_tensor("student_logits", student_logits, min_ndim=2)
     lead, columns = student_logits.shape[:-1], student_logits.shape[-1]
-    listed = _check_listed(teacher_ids, teacher_logprobs, lead)
+    listed = check_listed(teacher_ids, teacher_logprobs, lead)
     device = checks.one_device(
         {
             "student_logits": student_logits,
@@ -135,7 +135,7 @@ def topk_distillation_loss(
     )
 
 
-def _check_listed(ids: Tensor, logprobs: Tensor, lead: torch.Size) -> int:
+def check_listed(ids: Tensor, logprobs: Tensor, lead: torch.Size) -> int:
     """The k of ids [..., k] and log-probabilities [..., k]."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"teacher_ids must be a torch.Tensor of integers, got {type(ids).__name__}")

@@ -222,7 +222,7 @@ def topk_gradient(
     out = logit_gradient(
         student_logits, None, coefficients, labels=labels, weights=weights, temperature=temperature,
         student_softcap=student_softcap, vocab_size=n_cols, log=d_entropy is not None, label=d_logprob is not None,
-        inplace=inplace,
+        out=student_logits if inplace else None,
     )  # fmt: skip
     if n_rows:
         with current_device(student_logits.device):

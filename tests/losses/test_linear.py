@@ -239,9 +239,7 @@ def allocations(call) -> list[int]:
 
 def test_the_logits_never_exist_as_a_whole(monkeypatch):
     n, vocab, hidden = 512, 8192, 16
-    monkeypatch.setattr(
-        sizes, "CPU_CHUNK_BYTES", 32 * 2 * vocab * 4
-    )  # room for 32 tokens: no chunk_size is passed
+    monkeypatch.setattr(sizes, "CPU_CHUNK_BYTES", 32 * 2 * vocab * 4)  # room for 32 tokens: no chunk_size is passed
     h_s, w_s, h_t, w_t, labels, _ = make(n, vocab, torch.float32, hidden, hidden)
     h_s.requires_grad_()
     w_s.requires_grad_()

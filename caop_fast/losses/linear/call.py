@@ -102,6 +102,16 @@ def row_upstream(upstream: Tensor, side: Side) -> tuple[Tensor, Tensor | None]:
     return upstream / unit * side.scale, unit
 
 
+def row_flows(
+    names: Sequence[str], flows: Sequence[Tensor | None], side: Side, dtype: torch.dtype
+) -> tuple[dict[str, Tensor | None], Tensor | None]:
+    """``row_upstream`` of what flows into several outputs [R] (one at least), by name, with one unit for all."""
+    present = torch.stack([flow.to(dtype) for flow in flows if flow is not None])
+    scaled, unit = row_upstream(present, side)
+    given = iter(scaled)
+    return {n: None if flow is None else next(given) for n, flow in zip(names, flows, strict=True)}, unit
+
+
 def finish_gradients(found: Gradients, side: Side, selection: Selection, setting: Setting) -> Gradients:
     """Summed over the ranks, for all rows and ids, in the dtypes of hidden states, weight and bias."""
     hidden = found.hidden
@@ -110,6 +120,14 @@ def finish_gradients(found: Gradients, side: Side, selection: Selection, setting
         hidden = selection.spread_rows(hidden.to(side.hidden.dtype))
     return Gradients(
         hidden, *(whole(part, like) for part, like in ((found.weight, side.weight), (found.bias, side.bias)))
+    )
+
+
+def fake_row_gradients(side: Side, setting: Setting, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What an operator returns as gradients of hidden states, weight and bias, without values."""
+    return tuple(
+        side.hidden.new_empty(like.shape, dtype=like.dtype) if w else side.hidden.new_empty(0, dtype=dtype)
+        for like, w in zip(side[:3], setting.wanted, strict=True)
     )
 
 

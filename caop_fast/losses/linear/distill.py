@@ -9,6 +9,7 @@ from torch import Tensor
 
 from caop_fast.losses import on_triton, rows
 from caop_fast.losses.linear.shards import Layout
+from caop_fast.losses.ops.tokens import token_rows
 from caop_fast.losses.reference import states as reference
 from caop_fast.losses.reference.divergence import Options
 from caop_fast.losses.rows import Columns, Rows
@@ -102,6 +103,51 @@ class Engine(NamedTuple):
         """The gradient of the logits, in ``out``."""
         if student.shape[1] == 0:
             return out
+        upstream = {k: None if v is None else v.to(normaliser.dtype).contiguous() for k, v in upstream.items()}
         return self.code.distillation_gradient(
             student, teacher, labels, weights, options, columns, normaliser, student_entropy, out=out, **upstream
+        )
+
+    @property
+    def token_fields(self) -> int:
+        """Rows of the normaliser of one model's tokens."""
+        return 6 if self.triton else 2
+
+    def token_statistics(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        weights: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        columns: Columns,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """Log-probability, entropy, lse [R] of one model's tokens, and their normaliser."""
+        if self.layout is None:
+            return token_rows(logits, labels, weights, temperature, softcap, columns.total, False, self.triton, False)
+        state = self.state(logits, logits, labels, Options(0.0, temperature, softcap, softcap), columns)
+        merged = self._merge(self.layout.gather(state))
+        if self.triton:
+            found = on_triton.finished(merged, labels)
+            return found.student_logprob, found.student_entropy, found.student_lse, found.normaliser
+        found = reference.finish_state(merged, labels)
+        return found.student_logprob, found.student_entropy, found.student_lse, reference.normaliser(merged)[[0, 2]]
+
+    def token_gradient(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        weights: Tensor | None,
+        normaliser: Tensor,
+        entropy: Tensor,
+        temperature: float,
+        softcap: float | None,
+        columns: Columns,
+        out: Tensor,
+        **upstream: Tensor | None,
+    ) -> Tensor:
+        """The gradient of one model's logits, in ``out``."""
+        upstream = {k: None if v is None else v.to(normaliser.dtype).contiguous() for k, v in upstream.items()}
+        return self.code.token_gradient(
+            logits, labels, weights, normaliser, entropy, temperature, softcap, columns, out=out, **upstream
         )

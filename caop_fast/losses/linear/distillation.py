@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,12 +99,7 @@ def linear_distillation_loss(
         TypeError, ValueError: on bad arguments, naming the argument, what it got and what it takes.
         RuntimeError: on a second derivative.
     """
-    if reduction == "none":
-        raise ValueError(
-            "reduction='none' needs gradients per row, which linear_distillation_loss does not keep: use 'mean' or "
-            "'sum', or linear_distillation_rows, whose fields are differentiable per token"
-        )
-    checks.choice("reduction", reduction, ("mean", "sum"))
+    check_reduction(reduction, "linear_distillation_loss", "linear_distillation_rows")
     checks.choice("memory", memory, MEMORY)
     student = Model("student_", student_hidden, student_weight, student_bias, student_scale, student_softcap)
     teacher = Model("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
@@ -117,7 +113,7 @@ def linear_distillation_loss(
         found = [loss, *(t.detach() for t in found[:5])]
     else:
         found = linear_distillation(*call.sides, *rows, reduction == "mean", *call.setting)
-    return _output(found[0], found[1:6], call, labels)
+    return output(found[0], found[1:6], call.lead, labels)
 
 
 def linear_distillation_rows(
@@ -171,7 +167,17 @@ def linear_distillation_rows(
         student, teacher, labels, weights, beta, temperature, vocab_size=vocab_size, logits_dtype=logits_dtype,
         chunk_size=chunk_size, small=False, process_group=process_group, backend=backend, validate=validate,
     )  # fmt: skip
-    return _output(None, rows_operator(*call.sides, *rows, *call.setting)[:5], call, labels)
+    return output(None, rows_operator(*call.sides, *rows, *call.setting)[:5], call.lead, labels)
+
+
+def check_reduction(reduction: str, function: str, instead: str) -> None:
+    """ "mean" or "sum": the gradients are made before anybody could weigh them."""
+    if reduction == "none":
+        raise ValueError(
+            f"reduction='none' needs gradients per row, which {function} does not keep: use 'mean' or 'sum', or "
+            f"{instead}, whose fields are differentiable per token"
+        )
+    checks.choice("reduction", reduction, ("mean", "sum"))
 
 
 def _prepare(
@@ -194,14 +200,14 @@ def _prepare(
     return call, (label_ids, row_weights, beta if per_row else None, 0.0 if per_row else beta, temperature)
 
 
-def _output(loss: Tensor | None, found: Any, call: Prepared, labels: Tensor | None) -> DistillationOutput:
-    """Fields of the operators' order in that of the output, with the leading shape."""
+def output(loss: Tensor | None, found: Sequence[Tensor], lead: torch.Size, labels: Tensor | None) -> DistillationOutput:
+    """Statistics in the operators' order as an output of the leading shape."""
     divergence, student_logprob, student_entropy, teacher_logprob, teacher_entropy = found
     return DistillationOutput(
         loss,
-        divergence.view(call.lead),
-        None if labels is None else student_logprob.view(call.lead),
-        None if labels is None else teacher_logprob.view(call.lead),
-        student_entropy.view(call.lead),
-        teacher_entropy.view(call.lead),
+        divergence.view(lead),
+        None if labels is None else student_logprob.view(lead),
+        None if labels is None else teacher_logprob.view(lead),
+        student_entropy.view(lead),
+        teacher_entropy.view(lead),
     )

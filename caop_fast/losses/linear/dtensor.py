@@ -1,4 +1,4 @@
-"""Heads that are ``DTensor``s, as FSDP2 (``fully_shard``) leaves them: gathered once a call, reduced once a backward."""
+"""Heads that are ``DTensor``s, as FSDP2 (``fully_shard``) leaves them: gathered once, reduced once."""
 
 from __future__ import annotations
 

@@ -14,11 +14,12 @@ from caop_fast.losses.linear.blocks import Sides, Wanted, over_ids, over_tokens
 from caop_fast.losses.linear.call import (
     Setting,
     Side,
+    fake_row_gradients,
     finish_gradients,
     no_autocast,
     open_sides,
     or_empty,
-    row_upstream,
+    row_flows,
     wanted_of,
 )
 from caop_fast.losses.linear.distill import FIELDS, Engine
@@ -27,13 +28,13 @@ from caop_fast.losses.ops.distillation import ONCE
 from caop_fast.losses.ops.linear_distillation import ROWS_SCHEMA, check_rows, split, statistics_dtype
 from caop_fast.losses.ops.recompute import recomputed_by
 from caop_fast.losses.reference.divergence import Options
-from caop_fast.losses.rows import Columns, Rows, take, take_options
+from caop_fast.losses.rows import Rows, take, take_options
 
 SCHEMA = f"{Side.schema('student')}, {Side.schema('teacher')}, {ROWS_SCHEMA}, {Setting.SCHEMA}"
 NORMALISER_FIELDS = 6
 
 
-def linear_distillation_rows(*inputs: Any) -> tuple[Tensor, ...]:
+def rows_forward(*inputs: Any) -> tuple[Tensor, ...]:
     """The five statistics [N] (log-probabilities are empty without labels), and the normaliser [6, N]."""
     student, teacher, (labels, weights, beta_rows, beta, temperature), rest = split(inputs)
     setting = Setting(*rest)
@@ -93,7 +94,7 @@ def _statistics_over_ids(
     states: list[Tensor] = []
 
     def see(ids: slice, s: Tensor, t: Tensor, _: Tensor) -> None:
-        states.append(engine.state(s, t, labels, options, _within(setting.columns, ids)))
+        states.append(engine.state(s, t, labels, options, setting.columns.within(ids)))
 
     over_ids(sides, see, most=most, wanted=Wanted(), narrow_gradient=False)
     nothing = sides.student_hidden.new_empty(sides.student_hidden.shape[0], 0)
@@ -113,11 +114,6 @@ def _statistics_over_ids(
     return engine.finish_interior(found, sums, options)
 
 
-def _within(columns: Columns, ids: slice) -> Columns:
-    """Some of the ids of this rank."""
-    return Columns(columns.first + ids.start, ids.stop - ids.start, columns.total)
-
-
 def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     student, teacher, (labels, *_), _ = split(inputs)
     dtype, n_rows = statistics_dtype(student, teacher), student.hidden.shape[0]
@@ -127,7 +123,7 @@ def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     return (*found, new((NORMALISER_FIELDS, n_rows), dtype=dtype))
 
 
-def linear_distillation_rows_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def rows_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """d_hidden [N, H], d_weight, d_bias, in the dtypes of what they belong to; empty where not wanted.
 
     After the forward's inputs come its normaliser and student_entropy, and what flows into divergence, student_logprob
@@ -144,7 +140,8 @@ def linear_distillation_rows_backward(*inputs: Any) -> tuple[Tensor, Tensor, Ten
     live_labels, mask = selection.take(labels), selection.mask(weights)
     if selection.live is not None:
         normaliser, entropy = normaliser[:, selection.live], entropy[selection.live]
-    flows, unit = _row_flows([selection.take(flow) for flow in flows], student, engine.dtype)
+    names = ("d_divergence", "d_logprob", "d_entropy")
+    flows, unit = row_flows(names, [selection.take(flow) for flow in flows], student, engine.dtype)
     device = student.hidden.device
     with no_autocast(device):
         sides = open_sides(student, teacher, selection, setting)
@@ -154,7 +151,7 @@ def linear_distillation_rows_backward(*inputs: Any) -> tuple[Tensor, Tensor, Ten
 
         def visit(ids: slice, s: Tensor, t: Tensor | None, target: Tensor) -> Tensor:
             return engine.gradient(
-                s, s if t is None else t, live_labels, mask, options, _within(setting.columns, ids), normaliser,
+                s, s if t is None else t, live_labels, mask, options, setting.columns.within(ids), normaliser,
                 entropy, target, **flows,
             )  # fmt: skip
 
@@ -167,39 +164,21 @@ def linear_distillation_rows_backward(*inputs: Any) -> tuple[Tensor, Tensor, Ten
     return tuple(or_empty(t, student.hidden, engine.dtype) for t in made)
 
 
-def _row_flows(
-    flows: list[Tensor | None], student: Side, dtype: torch.dtype
-) -> tuple[dict[str, Tensor | None], Tensor | None]:
-    """What flows into the logits of each row, by output, times the factor between them and hidden W^T."""
-    present = [flow.to(dtype) for flow in flows if flow is not None]
-    scaled, unit = row_upstream(torch.stack(present), student)
-    given = iter(scaled)
-    names = ("d_divergence", "d_logprob", "d_entropy")
-    return {n: None if flow is None else next(given) for n, flow in zip(names, flows, strict=True)}, unit
-
-
 def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
-    student, _, _, rest = split(inputs)
-    wanted = Setting(*rest[: len(Setting._fields)]).wanted
-    present = (student.hidden, student.weight, student.bias)
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        if w
-        else student.hidden.new_empty(0, dtype=statistics_dtype(student, split(inputs)[1]))
-        for t, w in zip(present, wanted, strict=True)
-    )
+    student, teacher, _, rest = split(inputs)
+    return fake_row_gradients(student, Setting(*rest[: len(Setting._fields)]), statistics_dtype(student, teacher))
 
 
 linear_distillation_rows = torch.library.custom_op(
     "caop_fast::linear_distillation_rows",
-    linear_distillation_rows,
+    rows_forward,
     mutates_args=(),
     schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 linear_distillation_rows.register_fake(_fake)
 linear_distillation_rows_backward = torch.library.custom_op(
     "caop_fast::linear_distillation_rows_backward",
-    linear_distillation_rows_backward,
+    rows_backward,
     mutates_args=(),
     schema=f"({SCHEMA}, Tensor normaliser, Tensor student_entropy, Tensor? d_divergence, Tensor? d_logprob, "
     "Tensor? d_entropy) -> (Tensor, Tensor, Tensor)",
