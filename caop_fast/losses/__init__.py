@@ -11,6 +11,13 @@ from caop_fast.losses.confidence import confidence_loss, confidence_loss_from_lo
 from caop_fast.losses.distillation import distillation_loss
 from caop_fast.losses.linear.confidence import linear_confidence_loss
 from caop_fast.losses.linear.distillation import linear_distillation_loss, linear_distillation_rows
+from caop_fast.losses.linear.modules import (
+    LinearConfidenceLoss,
+    LinearDistillationLoss,
+    LinearDistillationRows,
+    LinearTokenStatistics,
+    LinearTopKDistillationLoss,
+)
 from caop_fast.losses.linear.shards import VocabularyShards
 from caop_fast.losses.linear.tokens import linear_token_statistics
 from caop_fast.losses.linear.topk import linear_topk_distillation_loss
@@ -29,6 +36,11 @@ __all__ = [
     "CalibrationBins",
     "ConfidenceOutput",
     "DistillationOutput",
+    "LinearConfidenceLoss",
+    "LinearDistillationLoss",
+    "LinearDistillationRows",
+    "LinearTokenStatistics",
+    "LinearTopKDistillationLoss",
     "RowStatistics",
     "TokenStatistics",
     "VocabularyShards",

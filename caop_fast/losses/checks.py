@@ -58,6 +58,17 @@ def positive(name: str, value: Any, *, optional: bool = False) -> float | None:
     return number
 
 
+def positive_integer(name: str, value: Any) -> int | None:
+    """``value`` if it is an integer >= 1 or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer or None, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1, got {value}")
+    return int(value)
+
+
 def finite(name: str, value: Any, *, takes: str = "a finite number") -> float:
     """``value`` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, Real):

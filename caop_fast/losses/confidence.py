@@ -230,15 +230,26 @@ def check_score(
     """The arguments that all confidence losses share."""
     checks.choice("kind", kind, KINDS)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    outside_weight = checks.finite("outside_weight", outside_weight)
-    if outside_weight < 0:
-        raise ValueError(f"outside_weight must be >= 0, got {outside_weight}")
-    eps = checks.positive("eps", eps)
-    if eps >= 0.5:
-        raise ValueError(f"eps must be in (0, 0.5), got {eps}")
+    outside_weight, eps = check_outside_weight(outside_weight), check_eps(eps)
     checks.floating_tensor("target", target)
     flat_target = checks.shaped("target", target.detach(), lead).to(dtype)
     return Score(flat_target, checks.row_weights(weights, None, lead, dtype, values=False), outside_weight, eps)
+
+
+def check_outside_weight(outside_weight: float) -> float:
+    """A finite number >= 0."""
+    outside_weight = checks.finite("outside_weight", outside_weight)
+    if outside_weight < 0:
+        raise ValueError(f"outside_weight must be >= 0, got {outside_weight}")
+    return outside_weight
+
+
+def check_eps(eps: float) -> float:
+    """A number in (0, 0.5)."""
+    eps = checks.positive("eps", eps)
+    if eps >= 0.5:
+        raise ValueError(f"eps must be in (0, 0.5), got {eps}")
+    return eps
 
 
 def confidence_candidates(

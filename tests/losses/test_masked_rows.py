@@ -7,9 +7,19 @@ import math
 import pytest
 import torch
 
-from caop_fast import distillation_loss, linear_distillation_loss
-from caop_fast.losses import linear
+from caop_fast import (
+    distillation_loss,
+    linear_confidence_loss,
+    linear_distillation_loss,
+    linear_distillation_rows,
+    linear_token_statistics,
+    linear_topk_distillation_loss,
+)
 from caop_fast.losses import rows as blocks
+from caop_fast.losses.linear import selection
+from caop_fast.losses.ops import confidence, topk
+
+LINEAR = ("balanced", "min", "rows", "tokens", "topk", "confidence")
 
 
 def run(name, bad):
@@ -19,23 +29,40 @@ def run(name, bad):
     other, head = torch.randn(5, 8, generator=g), torch.randn(20, 8, generator=g)
     rows[weights == 0] = other[weights == 0] = bad  # both sides
     leaves = [rows.requires_grad_(), head.requires_grad_()]
+    flows = torch.randn(3, 5, generator=g)
     if name == "logits":
         out = distillation_loss(leaves[0], other, weights=weights, beta=0.4)
+        total = out.loss
+    elif name in ("balanced", "min"):
+        out = linear_distillation_loss(*leaves, other, head, weights=weights, beta=0.4, memory=name, chunk_size=2)
+        total = out.loss
+    elif name == "rows":
+        out = linear_distillation_rows(*leaves, other, head, weights=weights, beta=1.0)
+        total = (out.divergence * flows[0] + out.student_entropy * flows[1]).sum()
+    elif name == "tokens":
+        out = linear_token_statistics(*leaves, torch.arange(5), weights=weights)
+        total = (out.logprob * flows[0] + out.entropy * flows[1] + out.lse * flows[2]).sum()
+    elif name == "topk":
+        listed = torch.arange(3).expand(5, 3)
+        out = linear_topk_distillation_loss(*leaves, listed, torch.full((5, 3), -2.0), weights=weights, chunk_size=2)
+        total = out.loss
     else:
-        out = linear_distillation_loss(leaves[0], leaves[1], other, head, weights=weights, beta=1.0)
-    out.loss.backward()
+        out = linear_confidence_loss(*leaves, [1, 2], [0.0, 1.0], torch.full((5,), 0.4), weights=weights, chunk_size=2)
+        total = out.loss + (out.expected * flows[0]).sum()
+    total.backward()
     assert (rows.grad[weights == 0] == 0).all()
-    assert (head.grad is not None) == (name == "linear")  # d_weight is where a row left unmasked would end up
+    assert (head.grad is not None) == (name in LINEAR)  # d_weight is where a row left unmasked would end up
     return [t.detach() for t in (*out, rows.grad, head.grad) if t is not None]
 
 
-@pytest.mark.parametrize("name", ["logits", "linear"])
+@pytest.mark.parametrize("name", ["logits", *LINEAR])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_masking_equals_dropping(monkeypatch, name, bad):
     dropped = run(name, bad)
     calls = []
-    for module in (blocks, linear):
-        monkeypatch.setattr(module, "live_rows", lambda w: calls.append(w) or (None, w == 0))
+    for module in (blocks, selection, topk):
+        monkeypatch.setattr(module, "live_rows", lambda w: calls.append(w) or (None, None if w is None else w == 0))
+    monkeypatch.setattr(confidence, "live_index", lambda w: None)
     masked = run(name, bad)
     assert calls, "the rows were not masked: nothing was compared"
     for a, b in zip(masked, dropped, strict=True):

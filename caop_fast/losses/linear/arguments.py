@@ -13,7 +13,6 @@ from caop_fast.losses.linear.call import Setting, Side
 from caop_fast.losses.linear.dtensor import gathered
 from caop_fast.losses.linear.head import projection_dtypes
 from caop_fast.losses.linear.shards import resolve_layout
-from caop_fast.losses.linear.sizes import check_chunk_size
 
 
 class Model(NamedTuple):
@@ -109,7 +108,7 @@ def prepare(
     device = checks.one_device({**{k: v for m in models for k, v in m.tensors.items()}, **others})
     dtype = checks.statistics_dtype(tuple(t for m in models for t in m.tensors.values()))
     rows = {f"{m.prefix}weight": m.weight.shape[0] for m in models}
-    layout = resolve_layout(process_group, vocab_size, *_two(list(rows.values())), device)
+    layout = resolve_layout(process_group, vocab_size, rows, device)
     vocab = checks.vocabulary(vocab_size, **rows) if layout is None else layout.columns.total
     result = check_logits_dtype(logits_dtype) or dtype
     grad = torch.is_grad_enabled()
@@ -125,7 +124,7 @@ def prepare(
     setting = Setting(
         result=result,
         vocab=vocab,
-        chunk=check_chunk_size(chunk_size) or 0,
+        chunk=checks.positive_integer("chunk_size", chunk_size) or 0,
         small=small,
         wanted=wanted,
         group=None if layout is None else layout.group,
@@ -135,7 +134,3 @@ def prepare(
         validate=checks.checks_values(validate, device),
     )
     return Prepared(student.hidden.shape[:-1], dtype, device, sides, setting)
-
-
-def _two(rows: list[int]) -> tuple[int, int | None]:
-    return rows[0], rows[1] if len(rows) > 1 else None

@@ -63,10 +63,15 @@ class Setting(NamedTuple):
         """The ids of this rank."""
         return Columns.whole(self.vocab) if self.layout is None else self.layout.columns
 
-    def tokens_at_a_time(self, sides: int, device: torch.device, *, weight_gradient: bool) -> int:
-        return self.chunk or chunk_tokens(
-            self.columns.width, sides, self.result, device, weight_gradient=weight_gradient
-        )
+    def tokens_at_a_time(
+        self, sides: int, device: torch.device, *, weight_gradient: bool, gathers: bool = False
+    ) -> int:
+        """The same on all ranks, however many ids each has, since they exchange something in every chunk.
+
+        With ``gathers`` that is the logits, which a rank then holds twice more: as they came, and side by side.
+        """
+        width = max(self.sizes, default=self.vocab) + (2 * sum(self.sizes) if gathers else 0)
+        return self.chunk or chunk_tokens(width, sides, self.result, device, weight_gradient=weight_gradient)
 
     def ids_at_a_time(self, n_rows: int, sides: int, device: torch.device) -> int:
         chunk = self.chunk if self.small else 0

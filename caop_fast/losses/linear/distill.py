@@ -17,6 +17,9 @@ from caop_fast.losses.rows import Columns, Rows
 FIELDS = ("divergence", "student_logprob", "student_entropy", "teacher_logprob", "teacher_entropy")
 
 
+STATE_ARRAYS = 4  # the reference makes states in float64 and of more arrays than anything else: blocks are smaller
+
+
 class Engine(NamedTuple):
     """Where and how statistics of [R, V] logits are made; with a ``layout``, other ranks hold the other columns."""
 
@@ -57,9 +60,10 @@ class Engine(NamedTuple):
         local = columns.local(labels)
         if self.triton:
             return on_triton.row_state(student, teacher, local, options, student.shape[1])
+        wide = STATE_ARRAYS * student.shape[1]
         blocks = [
             reference.row_state(student[r], teacher[r], rows.take(local, r), options, self.dtype)
-            for r in rows.row_blocks(student.shape[0], student.shape[1], student.device, None)
+            for r in rows.row_blocks(student.shape[0], wide, student.device, None)
         ]
         return torch.cat(blocks, dim=1)
 

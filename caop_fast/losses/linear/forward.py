@@ -62,7 +62,8 @@ def forward_gradients(
                     column[tokens] = value.view(-1)
             return gradient
 
-        most = setting.tokens_at_a_time(1 if teacher is None else 2, device, weight_gradient=wanted.weight)
+        alone = teacher is None  # a sparse teacher: its ids may be anybody's
+        most = setting.tokens_at_a_time(1 if alone else 2, device, weight_gradient=wanted.weight, gathers=alone)
         made = over_tokens(sides, visit, most=most, wanted=wanted, narrow_gradient=setting.triton)
         if wanted.hidden and setting.layout is not None:
             setting.layout.add(made.hidden)

@@ -7,12 +7,14 @@ Per token, 48 bytes of state are gathered, and d_hidden is summed over the ranks
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from caop_fast.losses import checks
 from caop_fast.losses.rows import Columns
 
 # Operators take strings, so groups are kept here by name; a program has few.
@@ -41,30 +43,27 @@ class VocabularyShards:
     ) -> None:
         if not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(f"process_group must be a torch.distributed ProcessGroup, got {_name(process_group)}")
+        teacher_rows = student_rows if teacher_rows is None else teacher_rows
+        _check_rows("student_rows", student_rows)
+        _check_rows("teacher_rows", teacher_rows)
         if device is None and dist.get_backend(process_group) != "gloo":
             device = torch.accelerator.current_accelerator()
-        mine = [student_rows, student_rows if teacher_rows is None else teacher_rows]
-        told = torch.tensor(mine, dtype=torch.int64, device=device)
+        told = torch.tensor([student_rows, teacher_rows], dtype=torch.int64, device=device)
         everyone = told.new_empty(dist.get_world_size(process_group), 2)
-        dist.all_gather_into_tensor(everyone, told, group=process_group)
+        _all_gather(everyone, told, process_group)
         columns = everyone.t().tolist()
         self.name = register(process_group)
         self.rank = dist.get_rank(process_group)
         self.student_rows, self.teacher_rows = (tuple(rows) for rows in columns)
 
-    def layout(self, vocab_size: int | None, student_rows: int, teacher_rows: int | None) -> Layout:
-        """Who compares which ids, given what the heads of this rank hold and the caller's ``vocab_size``."""
-        for name, held, rows in (
-            ("student_weight", student_rows, self.student_rows),
-            ("teacher_weight", teacher_rows, self.teacher_rows),
-        ):
-            if held is not None and held != rows[self.rank]:
+    def layout(self, vocab_size: int | None, held: dict[str, int]) -> Layout:
+        """Who compares which ids, given the rows of this rank by argument (student's head first) and ``vocab_size``."""
+        sizes = dict(zip(held, (self.student_rows, self.teacher_rows), strict=False))
+        for name, rows in sizes.items():
+            if held[name] != rows[self.rank]:
                 raise ValueError(
-                    f"{name} has {held} rows on rank {self.rank}, but process_group was told of {rows[self.rank]}"
+                    f"{name} has {held[name]} rows on rank {self.rank}, but process_group was told of {rows[self.rank]}"
                 )
-        sizes = {"student_weight": self.student_rows}
-        if teacher_rows is not None:
-            sizes["teacher_weight"] = self.teacher_rows
         return Layout(self.name, self.rank, shared_sizes(sizes, vocab_size))
 
 
@@ -84,7 +83,8 @@ class Layout(NamedTuple):
         """``values`` of all ranks, [R, ...], in their order."""
         values = values.contiguous()
         out = values.new_empty(len(self.sizes), *values.shape)
-        dist.all_gather_into_tensor(out.view(-1), values.view(-1), group=_GROUPS[self.group])
+        if values.numel():
+            _all_gather(out, values, _GROUPS[self.group])
         return out
 
     def gather_columns(self, logits: Tensor) -> Tensor:
@@ -102,25 +102,35 @@ class Layout(NamedTuple):
 
 
 def resolve_layout(
-    process_group: Any, vocab_size: int | None, student_rows: int, teacher_rows: int | None, device: torch.device
+    process_group: Any, vocab_size: int | None, held: dict[str, int], device: torch.device
 ) -> Layout | None:
-    """The layout that the argument ``process_group`` stands for; None without one."""
+    """The layout that the argument ``process_group`` stands for, given the rows held by argument; None without one."""
     if process_group is None:
         return None
-    if isinstance(process_group, dist.ProcessGroup):
-        process_group = VocabularyShards(process_group, student_rows, teacher_rows, device)
+    check_process_group(process_group)
     if not isinstance(process_group, VocabularyShards):
+        process_group = VocabularyShards(process_group, *held.values(), device=device)
+    return process_group.layout(vocab_size, held)
+
+
+def check_process_group(process_group: Any) -> None:
+    """A process group, VocabularyShards, or None."""
+    if process_group is None or isinstance(process_group, VocabularyShards):
+        return
+    if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         raise TypeError(
             f"process_group must be a ProcessGroup, VocabularyShards or None, got {type(process_group).__name__}"
         )
-    return process_group.layout(vocab_size, student_rows, teacher_rows)
 
 
 def shared_sizes(sizes: dict[str, Sequence[int]], vocab_size: int | None) -> tuple[int, ...]:
     """How many ids each rank compares, given the rows it holds of each head, by argument name."""
+    vocab_size = checks.positive_integer("vocab_size", vocab_size)
     totals = {name: sum(rows) for name, rows in sizes.items()}
     smallest = min(totals.values())
     described = ", ".join(f"{name} has {list(rows)}" for name, rows in sizes.items())
+    if smallest < 1:
+        raise ValueError(f"the vocabulary must not be empty, got {described}")
     if vocab_size is None:
         if len(set(totals.values())) > 1:
             raise ValueError(
@@ -137,6 +147,20 @@ def shared_sizes(sizes: dict[str, Sequence[int]], vocab_size: int | None) -> tup
     if len(set(cut)) > 1:
         raise ValueError(f"process_group needs both heads cut at the same ids, but {described}")
     return cut[0]
+
+
+def _check_rows(name: str, rows: Any) -> None:
+    """How many rows this rank holds: an integer >= 0."""
+    if isinstance(rows, bool) or not isinstance(rows, Integral):
+        raise TypeError(f"{name} must be an integer >= 0, got {type(rows).__name__}")
+    if rows < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {rows}")
+
+
+def _all_gather(out: Tensor, values: Tensor, group: dist.ProcessGroup) -> None:
+    """``values`` [...] of all ranks into ``out`` [R, ...], both contiguous."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    gather(out.view(-1), values.view(-1), group=group)  # gloo takes a single axis
 
 
 def register(group: dist.ProcessGroup) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 # Bytes of logits of all sides per chunk of tokens. Each chunk reads and writes all of d_weight once, so chunks are
 # larger where d_weight is wanted.
-CPU_CHUNK_BYTES = 320 << 20
+CPU_CHUNK_BYTES = 240 << 20
 DEVICE_CHUNK_BYTES = 1280 << 20
 DEVICE_CHUNK_BYTES_WITH_WEIGHT_GRADIENT = 2560 << 20
 # Bytes of logits per block of ids, all tokens at a time; the second for memory="min".
@@ -19,17 +18,6 @@ SMALL_BLOCK_BYTES = 192 << 20
 
 MIN_TOKENS, MIN_IDS = 32, 256
 TOKEN_MULTIPLE, ID_MULTIPLE = 64, 128  # GEMM tiles; only where that many fit
-
-
-def check_chunk_size(chunk_size: Any) -> int | None:
-    """``chunk_size`` if it is an integer >= 1 or None."""
-    if chunk_size is None:
-        return None
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size must be an integer or None, got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be >= 1, got {chunk_size}")
-    return chunk_size
 
 
 def chunk_tokens(width: int, sides: int, result: torch.dtype, device: torch.device, *, weight_gradient: bool) -> int:

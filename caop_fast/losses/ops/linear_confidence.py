@@ -67,7 +67,7 @@ def confidence_forward(*inputs: Any) -> tuple[Tensor, ...]:
             if setting.triton:
                 saved[:, tokens] = known
 
-        most = setting.tokens_at_a_time(SIDES_AND_SCRATCH, device, weight_gradient=False)
+        most = setting.tokens_at_a_time(SIDES_AND_SCRATCH, device, weight_gradient=False, gathers=True)
         over_tokens(sides, visit, most=most, wanted=Wanted(), narrow_gradient=False)
         spread = [selection.spread(column) for column in found]
         if setting.triton:
@@ -111,7 +111,7 @@ def confidence_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
             )
             return gradient if layout is None else setting.columns.of(gradient)
 
-        most = setting.tokens_at_a_time(SIDES_AND_SCRATCH, device, weight_gradient=wanted.weight)
+        most = setting.tokens_at_a_time(SIDES_AND_SCRATCH, device, weight_gradient=wanted.weight, gathers=True)
         made = over_tokens(sides, visit, most=most, wanted=wanted, narrow_gradient=False)
         if unit is not None:
             made = made._replace(**{k: v.mul_(unit) for k, v in made._asdict().items() if v is not None})
