@@ -19,7 +19,8 @@ from benchmarks.peers import plain
 from caop_fast import distillation_loss, linear_distillation_loss
 
 LOGITS_SHAPES = [(256, 32000), (256, 151936)]  # N, V; the second is Qwen's vocabulary
-LINEAR_SHAPES = [(512, 32000, 256), (3000, 93, 128)]  # N, V, H; the second is a language model of the demo's size
+# N, V, H: Qwen's vocabulary on a small model; a language model of the demo's size.
+LINEAR_SHAPES = [(512, 32000, 256), (1024, 151936, 256), (3000, 93, 128)]
 Run = Callable[..., tuple[Tensor, ...]]
 
 LOGITS: dict[str, Run] = {"plain": plain.distillation, "caop_fast": distillation_loss}

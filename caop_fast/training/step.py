@@ -18,7 +18,7 @@ from ..caop import (
     student_messages,
     success_rates,
 )
-from ..losses import confidence_loss, linear_distillation_loss
+from ..losses import linear_confidence_loss, linear_distillation_loss
 from .config import TrainConfig
 from .head import language_head
 from .plan import TokenPlan, plan_tokens
@@ -242,11 +242,15 @@ def _micro_batch(
     h_value = h_student[torch.tensor([i for _, i, _ in values], dtype=torch.int64, device=device)]
     direct = [(k, t) for k, (_, _, t) in enumerate(values) if t is not None]
     if direct:
-        confidence = confidence_loss(
-            head.logits(h_value[torch.tensor([k for k, _ in direct], device=device)]),
+        confidence = linear_confidence_loss(
+            h_value[torch.tensor([k for k, _ in direct], device=device)],
+            head.weight,
             grid.tokens,
             grid.values.float(),
             torch.tensor([t for _, t in direct], dtype=torch.float32, device=device),
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
             kind=config.direct_kind,
             temperature=config.temperature,
             reduction="sum",

@@ -10,7 +10,7 @@ from torch import Tensor
 from caop_fast.losses import checks
 from caop_fast.losses.backend import resolve_backend
 from caop_fast.losses.linear.call import Setting, Side
-from caop_fast.losses.linear.dtensor import gathered
+from caop_fast.losses.linear.dtensor import check_plain, gathered
 from caop_fast.losses.linear.head import projection_dtypes
 from caop_fast.losses.linear.shards import resolve_layout
 
@@ -105,6 +105,7 @@ def prepare(
 ) -> Prepared:
     """Checked sides, flattened, and the setting. ``others`` are further arguments that may be tensors, by name."""
     student = models[0]
+    check_plain({**{f"{m.prefix}hidden": m.hidden for m in models}, **others})
     device = checks.one_device({**{k: v for m in models for k, v in m.tensors.items()}, **others})
     dtype = checks.statistics_dtype(tuple(t for m in models for t in m.tensors.values()))
     rows = {f"{m.prefix}weight": m.weight.shape[0] for m in models}

@@ -40,6 +40,16 @@ def gathered(name: str, weight: Tensor, *, sharded: bool) -> Tensor:
     return full
 
 
+def check_plain(tensors: dict[str, Any]) -> None:
+    """Whatever belongs to tokens is this rank's own."""
+    for name, tensor in tensors.items():
+        if _is_dtensor(tensor):
+            raise ValueError(
+                f"{name} must be a plain tensor of this rank's tokens, got a DTensor placed {tuple(tensor.placements)}: "
+                f"pass {name}.to_local(), or {name}.full_tensor() with process_group"
+            )
+
+
 def _is_dtensor(value: Any) -> bool:
     if not torch.distributed.is_available():
         return False

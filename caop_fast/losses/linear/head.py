@@ -8,6 +8,7 @@ goes for a head narrower than the hidden states it meets.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,9 +17,6 @@ from torch import Tensor
 
 WIDEN_BYTES = 1 << 24  # float32 bytes of one widened block of the head
 ROW_MULTIPLE = 16  # elements: rows of logits start where the kernels can load, and cuBLAS write, 16 bytes at a time
-
-# From 2.10 on, torch.addmm(out_dtype=) accumulates into a float32 tensor (pytorch/pytorch#167931).
-ADDS_TO_FLOAT32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 
 
 class Head(NamedTuple):
@@ -61,7 +59,32 @@ def widens(device: torch.device, operand: torch.dtype, result: torch.dtype) -> b
 
 def keeps_accumulator(device: torch.device, operand: torch.dtype, result: torch.dtype) -> bool:
     """Whether the device has a GEMM from ``operand`` straight to the wider ``result``."""
-    return device.type == "cuda" and result == torch.float32 and operand in (torch.bfloat16, torch.float16)
+    narrow = result == torch.float32 and operand in (torch.bfloat16, torch.float16)
+    return narrow and device.type != "cpu" and _has_product(device, operand)
+
+
+@functools.cache
+def _has_product(device: torch.device, operand: torch.dtype) -> bool:
+    """Whether ``torch.mm`` takes ``out_dtype`` on the device: it does on CUDA, and says so elsewhere."""
+    small = torch.zeros(16, 16, device=device, dtype=operand)
+    out = torch.empty(16, 16, device=device, dtype=torch.float32)
+    try:
+        torch.mm(small, small, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+@functools.cache
+def _adds_product(device: torch.device, operand: torch.dtype) -> bool:
+    """Whether ``torch.addmm`` adds such a product to a float32 tensor: PyTorch 2.10 does (pytorch/pytorch#167931)."""
+    small = torch.zeros(16, 16, device=device, dtype=operand)
+    total = torch.zeros(16, 16, device=device, dtype=torch.float32)
+    try:
+        torch.addmm(total, small, small, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def head_blocks(head: Head) -> Iterator[tuple[slice, Tensor]]:
@@ -186,8 +209,8 @@ def add_weight_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, head: H
 
 
 def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
-    """``total`` (float32) += first second, of bfloat16 or float16 matrices on CUDA, accumulated in float32."""
-    if ADDS_TO_FLOAT32:
+    """``total`` (float32) += first second, of bfloat16 or float16 matrices, accumulated in float32."""
+    if _adds_product(total.device, first.dtype):
         torch.addmm(total, first, second, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.mm(first, second, out_dtype=total.dtype))

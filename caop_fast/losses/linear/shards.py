@@ -25,7 +25,7 @@ class VocabularyShards:
     """How the rows of the heads are cut over the ranks of a process group; made once, passed as ``process_group``.
 
     Making it is a collective call: the ranks tell each other how many rows they hold, which the host waits for. A bare
-    process group works as well, at the price of that exchange in every call.
+    process group works as well, at the price of that exchange in every call, which ``torch.compile`` cannot trace.
 
     Args:
         process_group: its ranks hold consecutive ids, in the order of their ranks in the group.
@@ -109,8 +109,15 @@ def resolve_layout(
         return None
     check_process_group(process_group)
     if not isinstance(process_group, VocabularyShards):
-        process_group = VocabularyShards(process_group, *held.values(), device=device)
+        process_group = _exchanged(process_group, held, device)
     return process_group.layout(vocab_size, held)
+
+
+@torch.compiler.disable(
+    reason="process_group: a bare group exchanges sizes in every call, which cannot be traced; pass VocabularyShards"
+)
+def _exchanged(group: dist.ProcessGroup, held: dict[str, int], device: torch.device) -> VocabularyShards:
+    return VocabularyShards(group, *held.values(), device=device)
 
 
 def check_process_group(process_group: Any) -> None:

@@ -1,0 +1,117 @@
+"""GEMMs of bfloat16 operands with float32 results, which CUDA has and a CPU lacks: played here by products that widen.
+
+What surrounds them is then what runs on a GPU: gradients of float32 logits written as the GEMMs take them, masks in
+place of dropped rows, nothing read back to the host.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_grid_linear import AXES, BASE, complaints
+from test_grid_operators import reads
+from torch import Tensor
+
+from caop_fast import (
+    linear_confidence_loss,
+    linear_distillation_loss,
+    linear_distillation_rows,
+    linear_token_statistics,
+    linear_topk_distillation_loss,
+)
+from caop_fast.losses.linear import blocks, head, selection
+from caop_fast.losses.ops import topk
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=[True, False], ids=["addmm", "mm"])
+def mixed_products(request, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
+    """(product, dtype of its operands) of every mixed product that is asked for."""
+    plain = {"mm": torch.mm, "addmm": torch.addmm}
+    seen = []
+
+    def mm(first: Tensor, second: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        assert first.dtype == second.dtype
+        if out_dtype is None:
+            if out is not None and out.dtype in NARROW:  # a CPU rounds the sums on the way
+                return out.copy_(plain["mm"](first.float(), second.float()))
+            return plain["mm"](first, second, out=out)
+        seen.append(("mm", first.dtype))
+        assert out is None or out.dtype == out_dtype == torch.float32
+        return plain["mm"](first.float(), second.float(), out=out)
+
+    def addmm(total: Tensor, first: Tensor, second: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert total is out
+        assert first.dtype == second.dtype
+        assert total.dtype == out_dtype == torch.float32
+        seen.append(("addmm", first.dtype))
+        return plain["addmm"](total, first.float(), second.float(), out=out)
+
+    def keeps(device: torch.device, operand: torch.dtype, result: torch.dtype) -> bool:
+        return operand in NARROW and result == torch.float32
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(head, "_adds_product", lambda *_: request.param)
+    for module in (head, blocks):
+        monkeypatch.setattr(module, "keeps_accumulator", keeps)
+    return seen
+
+
+@pytest.fixture
+def masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of weight 0 stay, as on accelerators."""
+    for module in (selection, topk):
+        monkeypatch.setattr(module, "live_rows", lambda w: (None, None if w is None else w == 0))
+
+
+@pytest.mark.usefixtures("masked")
+@pytest.mark.parametrize("way", AXES["way"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("heads", ["two", "shared", "sizes"])
+def test_narrow_operands(place, way, dtype, heads, mixed_products):
+    if place.device.type != "cpu":
+        pytest.skip("a GPU has the products themselves: test_grid_linear.py runs on it")
+    assert not complaints({**BASE, "way": way, "dtype": dtype, "heads": heads, "chunk": 3}, 7, place, narrow=True)
+    assert mixed_products
+    assert {operand for _, operand in mixed_products} == {torch.bfloat16 if dtype == "bf16" else torch.float16}
+
+
+def calls(place) -> dict:
+    g = torch.Generator().manual_seed(0)
+    h_s, w_s, h_t, w_t = (torch.randn(*s, generator=g).bfloat16() for s in ((5, 8), (33, 8), (5, 6), (33, 6)))
+    leaves = [h_s.to(place.device).requires_grad_(), w_s.to(place.device).requires_grad_()]
+    teacher = [h_t.to(place.device), w_t.to(place.device)]
+    weights = torch.tensor([1.0, 0, 2, 0.5, 1], device=place.device)
+    labels = torch.arange(5, device=place.device)
+    listed = (teacher[0].float() @ teacher[1].float().t()).log_softmax(-1).topk(3)
+    ids, values = torch.tensor([1, 5], device=place.device), torch.tensor([0.0, 1.0], device=place.device)
+    target = torch.full((5,), 0.4, device=place.device)
+    options = {"weights": weights, "backend": place.backend, "chunk_size": 2}
+
+    def rows(validate: bool) -> Tensor:
+        out = linear_distillation_rows(*leaves, *teacher, labels, beta=0.3, validate=validate, **options)
+        return out.divergence.sum() + out.student_logprob.sum()
+
+    def small(validate: bool) -> Tensor:
+        return linear_distillation_loss(*leaves, *teacher, memory="min", validate=validate, **options).loss
+
+    return {
+        "balanced": lambda v: linear_distillation_loss(*leaves, *teacher, labels, validate=v, **options).loss,
+        "min": small,
+        "rows": rows,
+        "topk": lambda v: linear_topk_distillation_loss(*leaves, listed[1], listed[0], validate=v, **options).loss,
+        "tokens": lambda v: linear_token_statistics(*leaves, labels, validate=v, **options).logprob.sum(),
+        "confidence": lambda v: linear_confidence_loss(*leaves, ids, values, target, validate=v, **options).loss,
+    }
+
+
+@pytest.mark.usefixtures("masked")
+@pytest.mark.parametrize("name", ["balanced", "min", "rows", "topk", "tokens", "confidence"])
+def test_the_host_reads_nothing_back(place, name, mixed_products):
+    if place.backend == "torch" and place.device.type == "cpu":
+        pytest.skip("on the CPU the PyTorch path looks at values on purpose: there they cost nothing")
+    call = calls(place)[name]
+    assert not reads(lambda: call(False).backward())
+    assert reads(lambda: call(True))["aten::_local_scalar_dense"] >= 1  # checks of values do read
