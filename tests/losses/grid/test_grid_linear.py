@@ -59,6 +59,8 @@ def make(case: dict, n: int, device: torch.device) -> tuple[dict[str, Tensor], d
     live, weights = torch.ones(n, dtype=torch.bool), None
     if case["weights"] != "unlabelled" and n > 2:
         live[[1, n - 1]] = False
+        if case["weights"] == "one":
+            live[:] = torch.arange(n) == 2
         t["student_hidden"][~live], t["teacher_hidden"][~live] = torch.nan, torch.inf
         if case["weights"] == "labels":
             labels[~live] = -100
@@ -187,6 +189,11 @@ def test_any_number_of_tokens(place, n, way):
     if n > 64 and place.backend == "triton" and place.device.type == "cpu":
         pytest.skip("the interpreter takes a second per ten rows")
     assert not complaints({**BASE, "way": way}, n, place)
+
+
+@pytest.mark.parametrize("way", AXES["way"])
+def test_a_single_token_alive(place, way):
+    assert not complaints({**BASE, "way": way, "weights": "one"}, 7, place)
 
 
 @pytest.mark.parametrize("way", AXES["way"])
