@@ -10,6 +10,7 @@ from oracle import pairwise, statistics, weighted_mean
 from torch import Tensor
 
 from caop_fast import linear_distillation_loss, linear_distillation_rows
+from caop_fast.losses.linear import sizes
 
 FIELDS = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -106,6 +107,13 @@ def exact(t: dict[str, Tensor], options: dict, labels: Tensor | None, live: Tens
         student_softcap=options["student_softcap"],
     )  # fmt: skip
     return list(found), leaves
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where logits are made again, as few ids at a time as there may be: five blocks of 1031."""
+    for budget in ("CPU_BLOCK_BYTES", "DEVICE_BLOCK_BYTES"):
+        monkeypatch.setattr(sizes, budget, 0)
 
 
 def complaints(case: dict, n: int, place, *, narrow: bool = False) -> list[str]:

@@ -15,6 +15,7 @@ from caop_fast import (
     linear_token_statistics,
     linear_topk_distillation_loss,
 )
+from caop_fast.losses.linear import sizes
 from caop_fast.losses.linear.call import Setting
 
 N, V, H = 6, 33, 8
@@ -74,8 +75,11 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> None:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing compiled before, and blocks of at most 12 ids where the logits are made again."""
     torch.compiler.reset()
+    monkeypatch.setattr(sizes, "CPU_BLOCK_BYTES", 0)
+    monkeypatch.setattr(sizes, "MIN_IDS", 12)
 
 
 def results(call, dtype: torch.dtype = torch.float32, needs: str = "hwb", autocast: bool = False) -> list[Tensor]:
