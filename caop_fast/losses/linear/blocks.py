@@ -117,15 +117,17 @@ def over_ids(
     longest = max((b.stop - b.start for b in blocks), default=0)
     buffer = LogitBuffer(sides.student, sides.teacher, n_rows, longest, narrow_gradient=narrow_gradient and any(wanted))
     hidden = sides.student_hidden.to(sides.student.operand)
-    both = None
-    if sides.teacher is not None and same_projection(sides.student, sides.teacher):
-        both = torch.cat([hidden, sides.teacher_hidden.to(sides.teacher.operand)])
-        hidden = both[:n_rows]
+    other_hidden = both = None
+    if sides.teacher is not None:
+        other_hidden = sides.teacher_hidden.to(sides.teacher.operand)
+        if same_projection(sides.student, sides.teacher):
+            both = torch.cat([hidden, other_hidden])
+            hidden, other_hidden = both[:n_rows], both[n_rows:]
     factor = hidden if keeps_accumulator(hidden.device, sides.student.operand, dtype) else hidden.to(dtype)
     for ids in blocks:
         head = sides.student.columns(ids)
         other = None if sides.teacher is None else sides.teacher.columns(ids)
-        student, teacher = buffer.project(hidden, head, sides.teacher_hidden, other, both=both)
+        student, teacher = buffer.project(hidden, head, other_hidden, other, both=both)
         gradient = visit(ids, student, teacher, buffer.gradient(student))
         if gradient is None or not any(wanted):
             continue
