@@ -25,8 +25,7 @@ class Model(NamedTuple):
     scale: float
     softcap: float | None
 
-    @property
-    def tensors(self) -> dict[str, Tensor | None]:
+    def tensors(self) -> dict[str, Tensor | None]:  # no property: torch 2.9 cannot trace those of named tuples
         names = (f"{self.prefix}{name}" for name in ("hidden", "weight", "bias"))
         return dict(zip(names, self[1:4], strict=True))
 
@@ -106,8 +105,8 @@ def prepare(
     """Checked sides, flattened, and the setting. ``others`` are further arguments that may be tensors, by name."""
     student = models[0]
     check_plain({**{f"{m.prefix}hidden": m.hidden for m in models}, **others})
-    device = checks.one_device({**{k: v for m in models for k, v in m.tensors.items()}, **others})
-    dtype = checks.statistics_dtype(tuple(t for m in models for t in m.tensors.values()))
+    device = checks.one_device({**{k: v for m in models for k, v in m.tensors().items()}, **others})
+    dtype = checks.statistics_dtype(tuple(t for m in models for t in m.tensors().values()))
     rows = {f"{m.prefix}weight": m.weight.shape[0] for m in models}
     layout = resolve_layout(process_group, vocab_size, rows, device)
     vocab = checks.vocabulary(vocab_size, **rows) if layout is None else layout.columns.total

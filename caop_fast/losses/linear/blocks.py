@@ -22,6 +22,7 @@ from caop_fast.losses.linear.head import (
     add_hidden_gradient,
     add_weight_gradient,
     keeps_accumulator,
+    ready,
     same_projection,
 )
 from caop_fast.losses.linear.sizes import ID_MULTIPLE, TOKEN_MULTIPLE, pieces
@@ -37,6 +38,34 @@ class Sides(NamedTuple):
     student: Head
     teacher_hidden: Tensor | None = None
     teacher: Head | None = None
+    dead: Tensor | None = None  # [N] bool: rows whose hidden states must not reach a product
+
+    @property
+    def shared(self) -> bool:
+        """Whether one head serves both."""
+        return self.teacher is not None and same_projection(self.student, self.teacher)
+
+    def operands(self, rows: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Hidden states of some rows as the GEMMs take them: the student's, the teacher's, and both where shared.
+
+        0 in dead rows, whatever they hold: NaN * 0 is NaN.
+        """
+        dead = None if self.dead is None else self.dead[rows].view(-1, 1)
+
+        def clean(hidden: Tensor) -> Tensor:
+            return hidden if dead is None else hidden.masked_fill(dead, 0)
+
+        student = self.student_hidden[rows].to(self.student.operand)
+        if self.teacher is None:
+            return clean(student), None, None
+        teacher = self.teacher_hidden[rows].to(self.teacher.operand)
+        if not self.shared:
+            return clean(student), clean(teacher), None
+        both = torch.cat([student, teacher])
+        if dead is not None:
+            both.masked_fill_(torch.cat([dead, dead]), 0)
+        student, teacher = both.split(student.shape[0])
+        return student, teacher, both
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -73,18 +102,18 @@ def over_tokens(sides: Sides, visit: Visit, *, most: int, wanted: Wanted, narrow
     chunks = list(pieces(n_rows, most, TOKEN_MULTIPLE))
     longest = max((c.stop - c.start for c in chunks), default=0)
     buffer = LogitBuffer(sides.student, sides.teacher, longest, vocab, narrow_gradient=narrow_gradient and any(wanted))
+    head, other = ready(sides.student, sides.teacher, shared=sides.shared)
     for rows in chunks:
-        hidden = sides.student_hidden[rows]
-        teacher_hidden = None if sides.teacher_hidden is None else sides.teacher_hidden[rows]
-        student, teacher = buffer.project(hidden, sides.student, teacher_hidden, sides.teacher)
+        hidden, teacher_hidden, both = sides.operands(rows)
+        student, teacher = buffer.project(hidden, head, teacher_hidden, other, both)
         gradient = visit(rows, student, teacher, buffer.gradient(student))
         if gradient is None or not any(wanted):
             continue
         gradient = _as_operand(gradient, sides)
         if wanted.hidden:
-            add_hidden_gradient(found.hidden[rows], gradient, sides.student)
+            add_hidden_gradient(found.hidden[rows], gradient, head)
         if wanted.weight:
-            add_weight_gradient(found.weight, gradient, hidden, sides.student)
+            add_weight_gradient(found.weight, gradient, hidden, head)
         if wanted.bias:
             found.bias.add_(gradient.sum(0, dtype=dtype))
     return found
@@ -97,12 +126,13 @@ def over_ids(
     most: int,
     wanted: Wanted,
     narrow_gradient: bool,
-    weight_dtype: torch.dtype | None = None,
-    bias_dtype: torch.dtype | None = None,
+    weight_like: Tensor | None = None,
+    bias_like: Tensor | None = None,
     unit: Tensor | None = None,
 ) -> Gradients:
-    """Visit all tokens of at most ``most`` ids at a time; d_hidden in the dtype of accumulation, the others as asked.
+    """Visit all tokens of at most ``most`` ids at a time; d_hidden in the dtype of accumulation.
 
+    d_weight and d_bias are like ``weight_like`` and ``bias_like``, 0 for ids beyond those of the heads.
     ``unit`` is a scalar that all gradients are multiplied by before they are rounded.
     """
     (n_rows, n_features), (vocab, _) = sides.student_hidden.shape, sides.student.weight.shape
@@ -110,23 +140,20 @@ def over_ids(
     new = sides.student.weight.new_empty
     found = Gradients(
         new((n_rows, n_features), dtype=dtype).zero_() if wanted.hidden else None,
-        new((vocab, n_features), dtype=weight_dtype) if wanted.weight else None,
-        new(vocab, dtype=bias_dtype) if wanted.bias else None,
+        new(weight_like.shape, dtype=weight_like.dtype) if wanted.weight else None,
+        new(bias_like.shape, dtype=bias_like.dtype) if wanted.bias else None,
     )
+    for part in found[1:]:
+        if part is not None:
+            part[vocab:] = 0
     blocks = list(pieces(vocab, most, ID_MULTIPLE))
     longest = max((b.stop - b.start for b in blocks), default=0)
     buffer = LogitBuffer(sides.student, sides.teacher, n_rows, longest, narrow_gradient=narrow_gradient and any(wanted))
-    hidden = sides.student_hidden.to(sides.student.operand)
-    other_hidden = both = None
-    if sides.teacher is not None:
-        other_hidden = sides.teacher_hidden.to(sides.teacher.operand)
-        if same_projection(sides.student, sides.teacher):
-            both = torch.cat([hidden, other_hidden])
-            hidden, other_hidden = both[:n_rows], both[n_rows:]
+    hidden, other_hidden, both = sides.operands(slice(None))
     factor = hidden if keeps_accumulator(hidden.device, sides.student.operand, dtype) else hidden.to(dtype)
     for ids in blocks:
-        head = sides.student.columns(ids)
         other = None if sides.teacher is None else sides.teacher.columns(ids)
+        head, other = ready(sides.student.columns(ids), other, shared=both is not None)
         student, teacher = buffer.project(hidden, head, other_hidden, other, both=both)
         gradient = visit(ids, student, teacher, buffer.gradient(student))
         if gradient is None or not any(wanted):
@@ -155,10 +182,7 @@ def _write_weight_gradient(
 ) -> None:
     """``out`` = unit * gradient^T hidden, summed in ``dtype`` and rounded once."""
     first = gradient.t()
-    if keeps_accumulator(hidden.device, hidden.dtype, dtype):
-        if unit is None and out.dtype == hidden.dtype:
-            torch.mm(first, hidden, out=out)
-            return
+    if keeps_accumulator(hidden.device, hidden.dtype, dtype):  # a bfloat16 result might be summed in bfloat16
         part = torch.mm(first, hidden, out_dtype=dtype)
     else:
         part = torch.mm(first.to(dtype), hidden)

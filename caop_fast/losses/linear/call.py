@@ -16,6 +16,9 @@ from caop_fast.losses.linear.shards import Layout
 from caop_fast.losses.linear.sizes import block_ids, chunk_tokens
 from caop_fast.losses.rows import Columns
 
+# Gradients of logits, in units of what flows into their rows, seldom exceed a few hundred: p (log p - log q) / T.
+FLOAT16_ROOM = 64.0
+
 
 class Side(NamedTuple):
     """One model: hidden states [N, H] and what makes logits of them."""
@@ -55,6 +58,11 @@ class Setting(NamedTuple):
     )
 
     @property
+    def statistics(self) -> torch.dtype:
+        """The dtype of statistics made of such logits."""
+        return torch.float64 if self.result == torch.float64 else torch.float32
+
+    @property
     def layout(self) -> Layout | None:
         return None if self.group is None else Layout(self.group, self.rank, tuple(self.sizes))
 
@@ -84,8 +92,8 @@ def open_sides(student: Side, teacher: Side | None, selection: Selection, settin
     for side in (student, teacher):
         if side is not None:
             head = make_head(side.weight, side.bias, side.scale, setting.columns.width, side.operand, setting.result)
-            found += [selection.hidden(side.hidden.detach()), head]
-    return Sides(*found)
+            found += [selection.take(side.hidden.detach()), head]
+    return Sides(*found)._replace(dead=selection.dead)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -94,25 +102,33 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def row_upstream(upstream: Tensor, side: Side) -> tuple[Tensor, Tensor | None]:
-    """What flows into the rows of hidden W^T, [R], given what flows into those of the logits.
+def row_upstream(upstream: Tensor, side: Side, dead: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What flows into the rows of hidden W^T, [..., R], given what flows into those of the logits.
 
-    float16 GEMM operands underflow below 6e-8, which weights divided by a token count would reach: there the largest
-    magnitude is taken out, and returned to be multiplied in at the end.
+    float16 GEMM operands have their full precision above 6e-5 only, which probabilities times weights divided by a
+    token count seldom reach: there the rows are brought to magnitudes up to FLOAT16_ROOM, and what was taken out is
+    returned to be multiplied in at the end. Dead rows have no say in that, nor have infinite ones.
     """
+    upstream = upstream * side.scale
+    if dead is not None:
+        upstream = upstream.masked_fill(dead, 0)
     if side.operand != torch.float16 or upstream.numel() == 0:
-        return upstream * side.scale, None
-    unit = upstream.abs().amax()
-    unit = torch.where(unit > 0, unit, 1.0)  # NaN stays in the rows
-    return upstream / unit * side.scale, unit
+        return upstream, None
+    largest = torch.where(upstream.isfinite(), upstream.abs(), 0.0).amax()
+    unit = torch.where(largest > 0, largest / FLOAT16_ROOM, 1.0)
+    return upstream / unit, unit
 
 
 def row_flows(
-    names: Sequence[str], flows: Sequence[Tensor | None], side: Side, dtype: torch.dtype
+    names: Sequence[str],
+    flows: Sequence[Tensor | None],
+    side: Side,
+    dtype: torch.dtype,
+    selection: Selection,
 ) -> tuple[dict[str, Tensor | None], Tensor | None]:
-    """``row_upstream`` of what flows into several outputs [R] (one at least), by name, with one unit for all."""
-    present = torch.stack([flow.to(dtype) for flow in flows if flow is not None])
-    scaled, unit = row_upstream(present, side)
+    """``row_upstream`` of what flows into several outputs [N] (one at least), by name, with one unit for all."""
+    present = torch.stack([selection.take(flow).to(dtype) for flow in flows if flow is not None])
+    scaled, unit = row_upstream(present, side, selection.dead)
     given = iter(scaled)
     return {n: None if flow is None else next(given) for n, flow in zip(names, flows, strict=True)}, unit
 

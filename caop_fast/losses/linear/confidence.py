@@ -74,9 +74,8 @@ def linear_confidence_loss(
         (model,), others, vocab_size=vocab_size, logits_dtype=logits_dtype, chunk_size=chunk_size, small=False,
         process_group=process_group, backend=backend, validate=validate,
     )  # fmt: skip
-    dtype = torch.float64 if call.setting.result == torch.float64 else torch.float32
-    ids, values = confidence_candidates(candidate_ids, candidate_values, call.device, dtype)
-    score = check_score(target, call.lead, dtype, kind, outside_weight, weights, reduction, eps)
+    ids, values = confidence_candidates(candidate_ids, candidate_values, call.device, call.dtype)
+    score = check_score(target, call.lead, call.dtype, kind, outside_weight, weights, reduction, eps)
     loss, *found, _ = linear_confidence(
         *call.sides,
         ids,

@@ -59,7 +59,7 @@ class Engine(NamedTuple):
             return reference.empty_state(student.shape[0], self.dtype, student.device)
         local = columns.local(labels)
         if self.triton:
-            return on_triton.row_state(student, teacher, local, options, student.shape[1])
+            return on_triton.row_state(student, teacher, local, options, student.shape[1]).to(self.dtype)
         wide = STATE_ARRAYS * student.shape[1]
         blocks = [
             reference.row_state(student[r], teacher[r], rows.take(local, r), options, self.dtype)

@@ -20,18 +20,19 @@ def gathered(name: str, weight: Tensor, *, sharded: bool) -> Tensor:
         return weight
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    described = (
-        f"{name} is a DTensor placed {tuple(weight.placements)} on a mesh of shape {tuple(weight.device_mesh.shape)}"
-    )
-    if sharded:
-        raise ValueError(f"{described}: with process_group pass this rank's rows of it, {name}.to_local()")
     data_parallel = all(isinstance(p, (Shard, Replicate)) for p in weight.placements) and (
         sum(isinstance(p, Shard) for p in weight.placements) <= 1
     )
-    if not data_parallel:
+    if sharded or not data_parallel:
+        placed = f"{tuple(weight.placements)} on a mesh of shape {tuple(weight.device_mesh.shape)}"
         raise ValueError(
-            f"{described}: only heads sharded once over data-parallel ranks (FSDP2) are gathered; for tensor "
-            f"parallelism pass {name}.to_local() and process_group"
+            f"{name} is a DTensor placed {placed}: "
+            + (
+                f"with process_group pass this rank's rows of it, {name}.to_local()"
+                if sharded
+                else "only heads sharded once over data-parallel ranks (FSDP2) are gathered; for tensor parallelism "
+                f"pass {name}.to_local() and process_group"
+            )
         )
     mesh = weight.device_mesh
     full = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
@@ -45,8 +46,8 @@ def check_plain(tensors: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if _is_dtensor(tensor):
             raise ValueError(
-                f"{name} must be a plain tensor of this rank's tokens, got a DTensor placed {tuple(tensor.placements)}: "
-                f"pass {name}.to_local(), or {name}.full_tensor() with process_group"
+                f"{name} must be a plain tensor of this rank's tokens, got a DTensor placed "
+                f"{tuple(tensor.placements)}: pass {name}.to_local(), or {name}.full_tensor() with process_group"
             )
 
 

@@ -52,7 +52,7 @@ def forward_gradients(
         if any(wanted):
             live_weights = selection.take(weights)
             ones = student.hidden.new_ones(selection.count, dtype=dtype)
-            flow, unit = row_upstream(ones if live_weights is None else live_weights, student)
+            flow, unit = row_upstream(ones if live_weights is None else live_weights, student, selection.dead)
         found = [student.hidden.new_zeros(selection.count, dtype=dtype) for _ in range(5)]
 
         def visit(tokens: slice, s: Tensor, t: Tensor | None, target: Tensor) -> Tensor | None:
@@ -85,7 +85,6 @@ def fake_gradients(student: Side, setting: Setting, *, labelled: bool, dtype: to
     n_rows, n_features = student.hidden.shape
     new: Any = student.hidden.new_empty
     found = [new(n_rows if labelled or i not in LABELLED else 0, dtype=dtype) for i in range(5)]
-    accumulator = torch.float64 if setting.result == torch.float64 else torch.float32
     shapes = ((n_rows, n_features), (setting.columns.width, n_features), (setting.columns.width,))
-    made = [new(s if w else (0,), dtype=accumulator) for s, w in zip(shapes, setting.wanted, strict=True)]
+    made = [new(s if w else (0,), dtype=setting.statistics) for s, w in zip(shapes, setting.wanted, strict=True)]
     return (new((), dtype=dtype), *found, *made, new((), dtype=dtype))

@@ -15,7 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from caop_fast.losses.linear.sizes import ID_MULTIPLE, pieces
+
 WIDEN_BYTES = 1 << 24  # float32 bytes of one widened block of the head
+ADDED_BYTES = 1 << 27  # float32 bytes of one product that is added to a sum in a pass of its own
 ROW_MULTIPLE = 16  # elements: rows of logits start where the kernels can load, and cuBLAS write, 16 bytes at a time
 
 
@@ -36,11 +39,27 @@ class Head(NamedTuple):
 def make_head(
     weight: Tensor, bias: Tensor | None, scale: float, vocab: int, operand: torch.dtype, result: torch.dtype
 ) -> Head:
-    """The head over the first ``vocab`` ids, detached, in the dtype its GEMMs take unless it is widened in blocks."""
-    weight = weight.detach()[:vocab]
-    if not widens(weight.device, operand, result) and weight.dtype.itemsize >= operand.itemsize:
-        weight = weight.to(operand)
-    return Head(weight, None if bias is None else bias.detach()[:vocab].to(result), scale, operand, result)
+    """The head over the first ``vocab`` ids, detached; its weight is still as it is stored."""
+    return Head(
+        weight.detach()[:vocab], None if bias is None else bias.detach()[:vocab].to(result), scale, operand, result
+    )
+
+
+def ready(student: Head, teacher: Head | None, *, shared: bool) -> tuple[Head, Head | None]:
+    """Heads with their weights in the dtype their GEMMs take, but for those that are widened in blocks.
+
+    ``shared``: the teacher's weight is the student's, and is converted once for both.
+    """
+    student = student._replace(weight=_as_operand(student))
+    if teacher is not None:
+        teacher = teacher._replace(weight=student.weight if shared else _as_operand(teacher))
+    return student, teacher
+
+
+def _as_operand(head: Head) -> Tensor:
+    weight = head.weight
+    whole = not widens(weight.device, head.operand, head.result) and weight.dtype.itemsize >= head.operand.itemsize
+    return weight.to(head.operand) if whole else weight
 
 
 def projection_dtypes(hidden: Tensor, weight: Tensor, result: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -70,6 +89,8 @@ def _has_product(device: torch.device, operand: torch.dtype) -> bool:
     out = torch.empty(16, 16, device=device, dtype=torch.float32)
     try:
         torch.mm(small, small, out_dtype=torch.float32, out=out)
+    except torch.OutOfMemoryError:  # says nothing about the product
+        raise
     except (RuntimeError, TypeError):
         return False
     return True
@@ -82,6 +103,8 @@ def _adds_product(device: torch.device, operand: torch.dtype) -> bool:
     total = torch.zeros(16, 16, device=device, dtype=torch.float32)
     try:
         torch.addmm(total, small, small, out_dtype=torch.float32, out=total)
+    except torch.OutOfMemoryError:  # says nothing about the product
+        raise
     except (RuntimeError, TypeError):
         return False
     return True
@@ -131,18 +154,16 @@ class LogitBuffer:
         teacher: Head | None,
         both: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [R, V] of both sides; a head that serves both is read once.
+        """Logits [R, V] of both sides.
 
-        ``both`` are the hidden states of both sides one after the other, as operands, where they are at hand.
+        ``both`` are the hidden states of both sides one after the other, where one head serves both: it is read once.
         """
         rows, width = student_hidden.shape[0], student.weight.shape[0]
         first = rows_of(self._logits, 0, rows, width)
         if teacher is None:
             return project(student_hidden, student, first), None
         second = rows_of(self._logits, rows, rows, width)
-        if same_projection(student, teacher):
-            if both is None:
-                both = torch.cat([student_hidden.to(student.operand), teacher_hidden.to(student.operand)])
+        if both is not None:
             multiply(both, student, rows_of(self._logits, 0, 2 * rows, width))
             return shift_and_scale(first, student), shift_and_scale(second, teacher)
         return project(student_hidden, student, first), project(teacher_hidden, teacher, second)
@@ -212,5 +233,7 @@ def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
     """``total`` (float32) += first second, of bfloat16 or float16 matrices, accumulated in float32."""
     if _adds_product(total.device, first.dtype):
         torch.addmm(total, first, second, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(torch.mm(first, second, out_dtype=total.dtype))
+        return
+    height = max(1, ADDED_BYTES // (total.element_size() * total.shape[1]))
+    for rows in pieces(total.shape[0], height, ID_MULTIPLE):
+        total[rows].add_(torch.mm(first[rows], second, out_dtype=total.dtype))

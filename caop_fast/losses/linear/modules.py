@@ -28,6 +28,7 @@ from caop_fast.losses.linear.distillation import (
 from caop_fast.losses.linear.shards import VocabularyShards, check_process_group
 from caop_fast.losses.linear.tokens import linear_token_statistics
 from caop_fast.losses.linear.topk import linear_topk_distillation_loss
+from caop_fast.losses.ops.confidence import check_candidates
 from caop_fast.losses.outputs import ConfidenceOutput, DistillationOutput, TokenStatistics
 from caop_fast.losses.reference.topk import TAILS
 
@@ -40,7 +41,9 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
         f"{side}softcap": lambda name, value: checks.positive(name, value, optional=True)
         for side in ("", "student_", "teacher_")
     },
-    "beta": lambda _, value: checks.divergence_beta(value, torch.Size(()), torch.float32, values=False),
+    "beta": lambda _, value: checks.divergence_beta(
+        checks.finite("beta", value, takes="a number in [0, 1]"), torch.Size(()), torch.float32, values=False
+    ),
     "temperature": checks.positive,
     "vocab_size": checks.positive_integer,
     "logits_dtype": lambda _, value: check_logits_dtype(value),
@@ -282,6 +285,7 @@ class LinearConfidenceLoss(_LinearLoss):
         )  # fmt: skip
         where = candidate_ids.device if isinstance(candidate_ids, Tensor) else torch.device("cpu")
         ids, values = confidence_candidates(candidate_ids, candidate_values, where, torch.float64)
+        check_candidates(ids, values, vocab_size)
         self._values = values.cpu()
         self.register_buffer("candidate_ids", ids, persistent=False)
         self.register_buffer("candidate_values", values, persistent=False)

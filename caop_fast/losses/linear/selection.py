@@ -29,12 +29,6 @@ class Selection(NamedTuple):
         """The entries of the rows that are left; what is not a tensor stays as it is."""
         return values if self.live is None else take(values, self.live)
 
-    def hidden(self, hidden: Tensor) -> Tensor:
-        """Hidden states [N, H] of the rows that are left, 0 in the dead ones: NaN * 0 is NaN, so it must go first."""
-        if self.live is not None:
-            return hidden[self.live]
-        return hidden if self.dead is None else hidden.masked_fill(self.dead.view(-1, 1), 0)
-
     def mask(self, weights: Tensor | None) -> Tensor | None:
         """Weights for kernels that skip rows of weight 0; None where none is left."""
         return None if self.dead is None else weights

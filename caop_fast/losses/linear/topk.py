@@ -78,7 +78,7 @@ def linear_topk_distillation_loss(
         (model,), others, vocab_size=vocab_size, logits_dtype=logits_dtype, chunk_size=chunk_size, small=False,
         process_group=process_group, backend=backend, validate=validate,
     )  # fmt: skip
-    dtype = checks.statistics_dtype((*model.tensors.values(), teacher_logprobs))
+    dtype = checks.statistics_dtype((*model.tensors().values(), teacher_logprobs))
     label_ids = checks.label_ids(labels, call.lead, call.setting.columns.total, values=False)
     row_weights = checks.row_weights(weights, label_ids, call.lead, dtype, values=False)
     beta = checks.divergence_beta(beta, call.lead, dtype, values=False)

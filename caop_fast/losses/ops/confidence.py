@@ -182,15 +182,7 @@ def check_values(
 ) -> None:
     """Raise a ValueError for candidates, targets or weights that make no sense. Reads values."""
     checks.check_weights(weights)
-    if ids is not None:
-        if bool(((ids < 0) | (ids >= vocab)).any()):
-            raise ValueError(f"candidate_ids must be in [0, {vocab}), got {ids.tolist()}")
-        if ids.unique().numel() < ids.numel():
-            raise ValueError(f"candidate_ids must be distinct, got {ids.tolist()}")
-    if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError(f"candidate_values must be in [0, 1], got {values.tolist()}")
-    if values.unique().numel() < values.numel():
-        raise ValueError(f"candidate_values must be distinct, got {values.tolist()}")
+    check_candidates(ids, values, vocab)
     live = torch.ones_like(target, dtype=torch.bool) if weights is None else weights != 0
     bad = live & ~((target >= 0) & (target <= 1))
     if bool(bad.any()):
@@ -201,6 +193,19 @@ def check_values(
             raise ValueError(
                 f"candidate_logprobs must be <= 0, got {float(source[bad].max())}: logits belong to confidence_loss"
             )
+
+
+def check_candidates(ids: Tensor | None, values: Tensor, vocab: int | None) -> None:
+    """Candidates are distinct ids of the vocabulary (None: of any) with distinct values in [0, 1]. Reads values."""
+    if ids is not None:
+        if bool((ids < 0).any()) or (vocab is not None and bool((ids >= vocab).any())):
+            raise ValueError(f"candidate_ids must be in [0, {'V' if vocab is None else vocab}), got {ids.tolist()}")
+        if ids.unique().numel() < ids.numel():
+            raise ValueError(f"candidate_ids must be distinct, got {ids.tolist()}")
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(f"candidate_values must be in [0, 1], got {values.tolist()}")
+    if values.unique().numel() < values.numel():
+        raise ValueError(f"candidate_values must be distinct, got {values.tolist()}")
 
 
 def _unit_stride(source: Tensor) -> Tensor:

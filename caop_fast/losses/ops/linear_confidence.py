@@ -51,13 +51,14 @@ def confidence_forward(*inputs: Any) -> tuple[Tensor, ...]:
         check_values(student.hidden, ids, values, target, weights, vocab)
     selection = Selection.of(weights, student.hidden.shape[0])
     target, mask = selection.take(target), selection.mask(weights)
-    device, dtype = student.hidden.device, values.dtype
+    device, dtype, work = student.hidden.device, values.dtype, setting.statistics
+    values, target = values.to(work), target.to(work)
     settings = (kind, outside_weight, eps, temperature, student.softcap, vocab, setting.triton)
     with no_autocast(device):
         sides = open_sides(student, None, selection, setting)
         new = student.hidden.new_zeros
         found = [new(selection.count, dtype=dtype) for _ in range(4)]
-        saved = new((NORMALISER_FIELDS, selection.count if setting.triton else 0), dtype=dtype)
+        saved = new((NORMALISER_FIELDS, selection.count if setting.triton else 0), dtype=work)
 
         def visit(tokens: slice, s: Tensor, _: None, __: Tensor) -> None:
             logits = s if layout is None else layout.gather_columns(s)
@@ -79,7 +80,7 @@ def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     student, (_, values, *_), setting = Side(*inputs[:N_SIDE]), inputs[N_SIDE:], Setting(*inputs[N_SIDE + 8 :])
     new, n_rows = student.hidden.new_empty, student.hidden.shape[0]
     found = [new(n_rows, dtype=values.dtype) for _ in range(4)]
-    return (*found, new((NORMALISER_FIELDS, n_rows if setting.triton else 0), dtype=values.dtype))
+    return (*found, new((NORMALISER_FIELDS, n_rows if setting.triton else 0), dtype=setting.statistics))
 
 
 def confidence_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,24 +96,25 @@ def confidence_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     selection = Selection.of(weights, student.hidden.shape[0])
     target, mask = selection.take(target), selection.mask(weights)
     saved = saved if selection.live is None or not setting.triton else saved[:, selection.live]
-    device, dtype = student.hidden.device, values.dtype
+    device, dtype, work = student.hidden.device, values.dtype, setting.statistics
+    values, target = values.to(work), target.to(work)
     names = ("d_loss", "d_expected", "d_variance", "d_outside")
-    flowing, unit = row_flows(names, [selection.take(flow) for flow in flows], student, dtype)
+    flowing, unit = row_flows(names, flows, student, work, selection)
     settings = (kind, outside_weight, eps, temperature, student.softcap, vocab, setting.triton)
     with no_autocast(device):
         sides = open_sides(student, None, selection, setting)
 
-        def visit(tokens: slice, s: Tensor, _: None, __: Tensor) -> Tensor:
+        def visit(tokens: slice, s: Tensor, _: None, out: Tensor) -> Tensor:
             logits = s if layout is None else layout.gather_columns(s)
             some = [take(flow, tokens) for flow in flowing.values()]
             known = saved[:, tokens].contiguous() if setting.triton else saved
             gradient = confidence_gradient(
                 logits, ids, values, target[tokens], take(mask, tokens), known, *some, *settings
             )
-            return gradient if layout is None else setting.columns.of(gradient)
+            return out.copy_(gradient if layout is None else setting.columns.of(gradient))
 
         most = setting.tokens_at_a_time(SIDES_AND_SCRATCH, device, weight_gradient=wanted.weight, gathers=True)
-        made = over_tokens(sides, visit, most=most, wanted=wanted, narrow_gradient=False)
+        made = over_tokens(sides, visit, most=most, wanted=wanted, narrow_gradient=setting.triton)
         if unit is not None:
             made = made._replace(**{k: v.mul_(unit) for k, v in made._asdict().items() if v is not None})
         made = finish_gradients(made, student, selection, setting)

@@ -141,7 +141,7 @@ def rows_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     if selection.live is not None:
         normaliser, entropy = normaliser[:, selection.live], entropy[selection.live]
     names = ("d_divergence", "d_logprob", "d_entropy")
-    flows, unit = row_flows(names, [selection.take(flow) for flow in flows], student, engine.dtype)
+    flows, unit = row_flows(names, flows, student, engine.dtype, selection)
     device = student.hidden.device
     with no_autocast(device):
         sides = open_sides(student, teacher, selection, setting)
@@ -158,7 +158,7 @@ def rows_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         most = setting.ids_at_a_time(selection.count, 2 if reads_teacher else 1, device)
         made = over_ids(
             sides, visit, most=most, wanted=wanted, narrow_gradient=setting.triton, unit=unit,
-            weight_dtype=student.weight.dtype, bias_dtype=None if student.bias is None else student.bias.dtype,
+            weight_like=student.weight, bias_like=student.bias,
         )  # fmt: skip
         made = finish_gradients(made, student, selection, setting)
     return tuple(or_empty(t, student.hidden, engine.dtype) for t in made)

@@ -89,7 +89,7 @@ def tokens_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     if selection.live is not None:
         normaliser, entropy = normaliser[:, selection.live], entropy[selection.live]
     names = ("d_logprob", "d_entropy", "d_lse")
-    flowing, unit = row_flows(names, [selection.take(flow) for flow in flows], student, dtype)
+    flowing, unit = row_flows(names, flows, student, dtype, selection)
     with no_autocast(device):
         sides = open_sides(student, None, selection, setting)
 
@@ -101,8 +101,7 @@ def tokens_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
         made = over_ids(
             sides, visit, most=setting.ids_at_a_time(selection.count, 1, device), wanted=wanted_of(setting),
-            narrow_gradient=setting.triton, unit=unit, weight_dtype=student.weight.dtype,
-            bias_dtype=None if student.bias is None else student.bias.dtype,
+            narrow_gradient=setting.triton, unit=unit, weight_like=student.weight, bias_like=student.bias,
         )  # fmt: skip
         made = finish_gradients(made, student, selection, setting)
     return tuple(or_empty(t, student.hidden, dtype) for t in made)

@@ -49,7 +49,8 @@ def topk(*inputs: Any) -> tuple[Tensor, ...]:
             return seen, None
         flow = flow.to(normaliser.dtype)
         topk_gradient_(logits, *some, normaliser, seen[2], flow, None, None, *scalars, setting.triton)
-        return seen, logits if layout is None else setting.columns.of(logits)
+        gradient = logits if layout is None else setting.columns.of(logits)
+        return seen, gradient if target is s else target.copy_(gradient)
 
     return forward_gradients(
         student, None, setting, selection, weights, see, mean=mean, labelled=labels is not None,

@@ -5,7 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from caop_fast.losses.linear.sizes import pieces
 from caop_fast.losses.ops.distillation import ONCE
+
+ROUNDED_ELEMENTS = 1 << 22  # on a CPU; elsewhere nothing lies between
+
+
+def _rows_at_a_time(total: Tensor, dtype: torch.dtype) -> int:
+    if total.device.type != "cpu" or dtype == total.dtype:
+        return max(1, total.shape[0])
+    return max(1, ROUNDED_ELEMENTS // max(1, total[:1].numel()))
 
 
 @torch.library.custom_op("caop_fast::scaled_gradient", mutates_args=())
@@ -14,10 +23,10 @@ def scaled_gradient(total: Tensor, factor: Tensor, dtype: torch.dtype, height: i
 
     ``anchor`` is any tensor that requires grad: with it, a derivative of the result is an error.
     """
-    if total.shape[0] == height:
-        return torch.mul(total, factor, out=torch.empty_like(total, dtype=dtype))
-    out = total.new_zeros((height, *total.shape[1:]), dtype=dtype)
-    torch.mul(total, factor, out=out[: total.shape[0]])
+    out = total.new_empty((height, *total.shape[1:]), dtype=dtype)
+    out[total.shape[0] :] = 0
+    for rows in pieces(total.shape[0], _rows_at_a_time(total, dtype)):
+        torch.mul(total[rows], factor, out=out[rows])  # a CPU makes the product in the dtype of ``total`` first
     return out
 
 

@@ -333,7 +333,8 @@ def logit_gradient(
     else:
         bracket.add_(constant).div_(rows.student_total)
         if careful:
-            bracket.masked_fill_(es == 0, 0)
+            known = rows.student_total == rows.student_total  # a row without a distribution stays NaN
+            bracket.masked_fill_((es == 0).logical_and_(known), 0)
         gradient = es.mul_(bracket)
     if c.teacher is not None:
         gradient.sub_(et.mul_(c.teacher / rows.teacher_total))
