@@ -9,7 +9,13 @@ import torch
 from oracle import pairwise, statistics, weighted_mean
 from torch import Tensor
 
-from caop_fast import linear_distillation_loss, linear_distillation_rows
+from caop_fast import (
+    linear_confidence_loss,
+    linear_distillation_loss,
+    linear_distillation_rows,
+    linear_token_statistics,
+    linear_topk_distillation_loss,
+)
 from caop_fast.losses.linear import sizes
 
 FIELDS = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
@@ -220,3 +226,50 @@ def test_no_tokens_and_none_alive(place, way):
         assert total == 0
         total.backward()
         assert all(leaf.grad.shape == leaf.shape and bool((leaf.grad == 0).all()) for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("inputs", [torch.float32, torch.float64])
+def test_statistics_have_the_dtype_of_the_inputs_whatever_that_of_the_logits(place, inputs, logits_dtype):
+    g = torch.Generator().manual_seed(0)
+    h, w, b = (torch.randn(*s, generator=g, dtype=inputs).to(place.device) for s in ((5, 8), (37, 8), (37,)))
+    labels = torch.arange(5, device=place.device)
+    options = {"logits_dtype": logits_dtype, "backend": place.backend}
+    leaf = h.clone().requires_grad_()
+    ids, values = torch.tensor([1, 5], device=place.device), torch.tensor([0.0, 1.0], device=place.device)
+    target = torch.full((5,), 0.4, device=place.device)
+    listed = (h @ w.t()).log_softmax(-1).topk(3)
+    outs = [
+        linear_distillation_loss(leaf, w, h + 1, w, labels, student_bias=b, **options),
+        linear_distillation_loss(leaf, w, h + 1, w, labels, memory="min", beta=0.5, **options),
+        linear_distillation_rows(leaf, w, h + 1, w, labels, **options),
+        linear_token_statistics(leaf, w, labels, **options),
+        linear_topk_distillation_loss(leaf, w, listed[1], listed[0], listed[1][:, 0], **options),
+        linear_confidence_loss(leaf, w, ids, values, target, **options),
+    ]
+    for out in outs:
+        assert {field.dtype for field in out if field is not None} == {inputs}
+        first = out[0] if out[0] is not None else out.divergence
+        leaf.grad = None
+        first.sum().backward()
+        assert leaf.grad.dtype == inputs
+        assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("way", ["balanced", "min"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_row_without_a_distribution_is_nan_and_no_other(place, way, beta):
+    """A bias of -inf throughout excludes every id; a NaN hidden state spoils its own token."""
+    t, options, _, _ = make({**BASE, "weights": "unlabelled", "bias": False}, 5, place.device)
+    options |= {"beta": beta, "backend": place.backend, "memory": way, "reduction": "sum"}
+    t["student_hidden"][2] = torch.nan
+    leaf = t["student_hidden"].clone().requires_grad_()
+    linear_distillation_loss(**{**t, "student_hidden": leaf}, **options).loss.backward()
+    assert leaf.grad[2].isnan().all()
+    assert leaf.grad[[0, 1, 3, 4]].isfinite().all()
+    leaf = torch.ones_like(t["student_hidden"]).requires_grad_()
+    t["student_bias"] = torch.full_like(t["student_weight"][:, 0], -torch.inf)
+    out = linear_distillation_loss(**{**t, "student_hidden": leaf}, **{**options, "student_softcap": None})
+    out.loss.backward()
+    assert out.loss.isnan()
+    assert leaf.grad.isnan().all()

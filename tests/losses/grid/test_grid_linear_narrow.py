@@ -115,3 +115,60 @@ def test_the_host_reads_nothing_back(place, name, mixed_products):
     call = calls(place)[name]
     assert not reads(lambda: call(False).backward())
     assert reads(lambda: call(True))["aten::_local_scalar_dense"] >= 1  # checks of values do read
+
+
+@pytest.mark.usefixtures("masked")
+@pytest.mark.parametrize("name", ["balanced", "min", "rows", "topk", "tokens", "confidence"])
+def test_gradients_of_logits_arrive_as_the_products_take_them(place, name, mixed_products, monkeypatch):
+    """Written once in the dtype of the operands, in rows that keep their padding: 33 columns, 48 apart."""
+    if place.device.type != "cpu":
+        pytest.skip("the buffers are looked at on a CPU")
+    seen = []
+    convert = blocks._as_operand
+
+    def watch(gradient: Tensor, sides: blocks.Sides) -> Tensor:
+        seen.append((gradient.dtype, gradient.stride()))
+        return convert(gradient, sides)
+
+    monkeypatch.setattr(blocks, "_as_operand", watch)
+    calls(place)[name](False).backward()
+    assert seen
+    dtype = torch.bfloat16 if place.backend == "triton" else torch.float32
+    assert set(seen) == {(dtype, (16 if name == "min" else 48, 1))}  # "min" takes 2 ids at a time here
+
+
+@pytest.mark.usefixtures("masked", "mixed_products")
+@pytest.mark.parametrize("flow", [torch.inf, torch.nan, 1e8])
+def test_what_flows_into_dead_float16_rows_does_no_harm(place, flow):
+    if place.device.type != "cpu":
+        pytest.skip("a GPU has the products themselves")
+    g = torch.Generator().manual_seed(0)
+    h_s, w_s, h_t, w_t = (torch.randn(*s, generator=g).half() for s in ((5, 8), (33, 8), (5, 6), (33, 6)))
+    weights = torch.tensor([1.0, 0, 1, 1, 1])
+    found = []
+    for dead in (0.0, flow):
+        leaves = [h_s.clone().requires_grad_(), w_s.clone().requires_grad_()]
+        out = linear_distillation_rows(*leaves, h_t, w_t, weights=weights, backend=place.backend)
+        out.divergence.backward(torch.tensor([1e-4, dead, -1e-4, 2e-4, 1e-4]))
+        found.append([leaf.grad for leaf in leaves])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+        assert a.abs().max() > 0
+
+
+@pytest.mark.usefixtures("mixed_products")
+def test_small_probabilities_keep_their_digits_in_float16(place):
+    """At V = 32000 most p_s - p_t lie below 6e-5, where float16 runs out of bits."""
+    if place.device.type != "cpu" or place.backend != "torch":
+        pytest.skip("the products are the same for both backends")
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(16, 32, generator=g).half()
+    w = (torch.randn(32000, 32, generator=g) / 32**0.5).half()
+    other = (w + 0.2 / 32**0.5 * torch.randn(32000, 32, generator=g)).half()
+    for memory in ("balanced", "min"):
+        errors = []
+        for dtype in (torch.float16, torch.float64):
+            leaf = h.detach().clone().to(dtype).requires_grad_()
+            linear_distillation_loss(leaf, w.to(dtype), h.to(dtype), other.to(dtype), memory=memory).loss.backward()
+            errors.append(leaf.grad.double())
+        assert (errors[0] - errors[1]).norm() < 1e-3 * errors[1].norm(), memory

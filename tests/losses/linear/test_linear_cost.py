@@ -121,6 +121,37 @@ def test_operations(name):
     assert (trained / unit, frozen / unit, nothing / unit) == UNITS[name]
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("way", ["balanced", "min", "rows"])
+def test_a_head_that_serves_both_is_read_once(way, autocast):
+    """One product of stacked hidden states in place of two, each time the logits are made."""
+    t = make(96, 512, 32)
+    shared = {**t, "teacher_weight": t["student_weight"]}
+    calls = {"min": RUNS["min"], "balanced": RUNS["balanced"], "rows": run_rows}
+    counts = []
+    for models in (t, shared):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile,
+        ):
+            calls[way](models).backward()
+        events = [e.input_shapes[:2] for e in profile.events() if e.name == "aten::mm"]
+        counts.append([sum(e == [[n, 32], [32, 512]] for e in events) for n in (96, 192)])
+    passes = 1 if way == "balanced" else 2
+    assert counts == [[2 * passes, 0], [0, passes]]
+
+
+def test_blocks_on_a_device_fit_what_the_page_says():
+    """Sizes that no CPU test reaches: the head of Qwen3-8B at 8192 tokens."""
+    cuda, one = torch.device("cuda"), torch.float32
+    n, vocab = 8192, 151936
+    assert 8 * n * sizes.block_ids(n, 2, one, cuda, small=True) <= 192 << 20
+    assert 8 * n * sizes.block_ids(n, 2, one, cuda, small=False) <= 1280 << 20
+    for trained, budget in ((True, 2560), (False, 1280)):
+        chunk = sizes.chunk_tokens(vocab, 2, one, cuda, weight_gradient=trained)
+        assert 1000 < chunk <= (budget << 20) / (8 * vocab)
+
+
 def test_the_count_of_operations_is_right():
     t = make(96, 512, 32)
     assert flops(lambda: t["student_hidden"] @ t["student_weight"].t()) == 2 * 96 * 512 * 32

@@ -89,7 +89,7 @@ def test_they_show_what_is_not_the_default():
 @pytest.mark.parametrize(
     ("option", "error"),
     [
-        ({"beta": 1.5}, ValueError), ({"beta": "x"}, TypeError), ({"temperature": 0.0}, ValueError),
+        ({"beta": 1.5}, ValueError), ({"beta": torch.tensor(0.5)}, TypeError), ({"beta": "x"}, TypeError), ({"temperature": 0.0}, ValueError),
         ({"student_softcap": -1.0}, ValueError), ({"teacher_scale": float("nan")}, ValueError),
         ({"reduction": "none"}, ValueError), ({"memory": "small"}, ValueError), ({"backend": "cuda"}, ValueError),
         ({"chunk_size": 0}, ValueError), ({"vocab_size": 2.5}, TypeError), ({"logits_dtype": "bf16"}, TypeError),
@@ -107,5 +107,9 @@ def test_wrong_options_of_the_others():
     for option in ({"kind": "nll"}, {"eps": 0.7}, {"outside_weight": -1.0}, {"reduction": "max"}):
         with pytest.raises(ValueError, match=next(iter(option))):
             caop_fast.LinearConfidenceLoss([1, 2], [0.0, 1.0], **option)
-    with pytest.raises(ValueError, match="candidate_values"):
-        caop_fast.LinearConfidenceLoss([1, 2], [0.0])
+    wrong = (([1, 2], [0.0], "values"), ([1, 1], [0.0, 1.0], "ids"), ([1, 2], [0.0, 85.0], "values"))
+    for ids, values, word in wrong:
+        with pytest.raises(ValueError, match=f"candidate_{word}"):
+            caop_fast.LinearConfidenceLoss(ids, values)
+    with pytest.raises(ValueError, match="candidate_ids"):
+        caop_fast.LinearConfidenceLoss([1, 9], [0.0, 1.0], vocab_size=9)
