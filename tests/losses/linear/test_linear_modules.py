@@ -89,7 +89,8 @@ def test_they_show_what_is_not_the_default():
 @pytest.mark.parametrize(
     ("option", "error"),
     [
-        ({"beta": 1.5}, ValueError), ({"beta": torch.tensor(0.5)}, TypeError), ({"beta": "x"}, TypeError), ({"temperature": 0.0}, ValueError),
+        ({"beta": 1.5}, ValueError), ({"beta": torch.tensor(0.5)}, TypeError), ({"beta": "x"}, TypeError),
+        ({"temperature": 0.0}, ValueError),
         ({"student_softcap": -1.0}, ValueError), ({"teacher_scale": float("nan")}, ValueError),
         ({"reduction": "none"}, ValueError), ({"memory": "small"}, ValueError), ({"backend": "cuda"}, ValueError),
         ({"chunk_size": 0}, ValueError), ({"vocab_size": 2.5}, TypeError), ({"logits_dtype": "bf16"}, TypeError),
