@@ -57,7 +57,8 @@ def linear_distillation_loss(
     float32 gradient of the weight. ``docs/linear_losses.md`` has the memory of both.
 
     Dtypes: a GEMM multiplies operands of the promoted dtype of hidden states and weight (under ``torch.autocast``, its
-    dtype, float64 excepted, as ``torch.nn.Linear`` would) and returns ``logits_dtype``; the weight gradient is
+    dtype, float64 excepted, as ``torch.nn.Linear`` would; of ``logits_dtype`` where that is narrower) and returns
+    ``logits_dtype``; the weight gradient is
     accumulated in float32 and rounded once, to the dtype of the weight. A head narrower than its operands is widened
     block by block.
 
