@@ -59,7 +59,8 @@ def distillation_loss(
         backend: "torch", "triton", or "auto" (Triton on GPUs where it is installed). With Triton all statistics of a
             row come from one read of both logits (for 0 < beta < 1 from two), the gradient from one more.
         validate: check values of tensors (labels, weights, beta), which makes the host wait for a GPU; None does so
-            on the CPU only. Unchecked, a bad label or beta entry gives NaN in its row.
+            on the CPU only. Unchecked, a bad label gives NaN in its log-probabilities, a bad beta entry in its
+            divergence.
 
     Returns:
         DistillationOutput; statistics are float32 (float64 when an input is), with the leading shape of the inputs.

@@ -69,7 +69,7 @@ def linear_distillation_loss(
     Args:
         student_hidden: [..., H_s] float32, bfloat16, float16 or float64; N tokens in all.
         student_weight: [V_s, H_s].
-        teacher_hidden: [..., H_t], same leading shape.
+        teacher_hidden: [..., H_t], same leading shape. Nothing of the teacher is differentiated.
         teacher_weight: [V_t, H_t].
         labels: [...] integers in [0, V), or -100 for none.
         student_bias: [V_s] or None.
@@ -80,9 +80,11 @@ def linear_distillation_loss(
         teacher_softcap: the same for the teacher.
         beta: as in ``distillation_loss``: 0 = forward KL, 1 = reverse KL, between, or a 0/1 tensor [...].
         temperature: divides both sides' logits, > 0.
-        weights: [...], finite, >= 0; None means 1, and 0 where the label is -100. Rows of weight 0 report 0 and cannot
-            poison anything; on the CPU they are never touched, so passing them costs nothing. On a GPU leaving them out
-            would make the host wait: pass only the tokens that count where the host knows them.
+        weights: [...], finite, >= 0, not differentiated (a ratio that should be trained belongs to
+            ``linear_distillation_rows``). None means 1, and 0 where the label is -100; given weights count for such
+            tokens, too. Rows of weight 0 report 0 and cannot poison anything; on the CPU they are never touched, so
+            passing them costs nothing. On a GPU leaving them out would make the host wait: pass only the tokens that
+            count where the host knows them.
         vocab_size: compare only the first ids (of all ranks); needed where V_s and V_t differ.
         reduction: "mean" = sum(w D)/sum(w) or "sum".
         logits_dtype: None = float32 (float64 when an input is). torch.bfloat16 or torch.float16 is faster on a GPU and

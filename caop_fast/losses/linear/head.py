@@ -66,7 +66,7 @@ def projection_dtypes(hidden: Tensor, weight: Tensor, result: torch.dtype) -> tu
     """Dtypes of a projection's operands and of its result."""
     operand = torch.promote_types(hidden.dtype, weight.dtype)
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and operand != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and operand != torch.float64:
         operand = torch.get_autocast_dtype(kind)
     return (operand, result) if operand.itemsize <= result.itemsize and result.itemsize > 2 else (result, result)
 

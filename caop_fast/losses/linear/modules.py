@@ -42,7 +42,10 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
         for side in ("", "student_", "teacher_")
     },
     "beta": lambda _, value: checks.divergence_beta(
-        checks.finite("beta", value, takes="a number in [0, 1]"), torch.Size(()), torch.float32, values=False
+        checks.finite("beta", value, takes="a number in [0, 1] (one per token goes to the call)"),
+        torch.Size(()),
+        torch.float32,
+        values=False,
     ),
     "temperature": checks.positive,
     "vocab_size": checks.positive_integer,

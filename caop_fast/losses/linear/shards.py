@@ -126,7 +126,8 @@ def check_process_group(process_group: Any) -> None:
         return
     if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         raise TypeError(
-            f"process_group must be a ProcessGroup, VocabularyShards or None, got {type(process_group).__name__}"
+            "process_group must be a ProcessGroup (of a DeviceMesh: mesh.get_group()), VocabularyShards or None, "
+            f"got {type(process_group).__name__}"
         )
 
 
@@ -142,7 +143,7 @@ def shared_sizes(sizes: dict[str, Sequence[int]], vocab_size: int | None) -> tup
         if len(set(totals.values())) > 1:
             raise ValueError(
                 f"vocabulary sizes differ over the ranks ({described}); pass vocab_size={smallest} (or fewer) to "
-                "compare only the first ids, which both sides share"
+                "compare only the first ids, which both sides share, and of a whole head only this rank's rows"
             )
         vocab_size = smallest
     if not 1 <= vocab_size <= smallest:

@@ -217,3 +217,14 @@ def test_the_setting_is_what_the_schemas_say():
     """The operators are called with it flattened: a field out of order would be taken for another."""
     names = [part.split()[-1] for part in Setting.SCHEMA.split(", ")]
     assert names == list(Setting._fields)
+
+
+@pytest.mark.parametrize("memory", ["balanced", "min"])
+def test_shapes_without_values(memory):
+    """On the meta device, as when a model is laid out before it is loaded."""
+    leaves = [torch.empty(s, device="meta").requires_grad_() for s in ((N, H), (V, H))]
+    teacher = [t.to("meta") for t in TEACHER]
+    out = linear_distillation_loss(*leaves, *teacher, memory=memory, vocab_size=V - 1)
+    out.loss.backward()
+    assert out.divergence.shape == (N,)
+    assert [leaf.grad.shape for leaf in leaves] == [(N, H), (V, H)]
