@@ -1,0 +1,216 @@
+"""What a benchmark run leaves behind: one JSON file with a header and a list of records, written atomically.
+
+A file is ``results/<date>-<device>.json``. The header says where and with what it was measured; a record is one
+implementation on one case. What could not be measured is a record too, with its ``status`` and ``reason``, so that an
+empty cell of a table is never a mystery.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+FORMAT = 1
+RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+# ok: measured. skipped: not installed, or not made for the case. oom: out of memory. wrong: loss or gradient too far
+# from float64, so not timed. error: raised. crashed: took the process with it.
+Status = Literal["ok", "skipped", "oom", "wrong", "error", "crashed"]
+VERSIONS = (
+    *("torch", "triton", "transformers", "numpy", "pytest-benchmark"),
+    *("liger-kernel", "trl", "cut-cross-entropy", "flash-attn"),
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One implementation on one case.
+
+    Attributes:
+        suite: "logits", "linear", "topk", "linear-topk", "confidence", "linear-confidence", "tokens",
+            "linear-tokens" or "step".
+        case: names the inputs within the suite; the same for every implementation.
+        impl: "caop_fast", or a peer's name.
+        status, reason: above; ``reason`` is None when ok.
+        model: whose head the shape is.
+        dtype: of logits, or of hidden states and heads: "float32", "bfloat16".
+        n, v, h: tokens, vocabulary, features (None at logits level).
+        beta: of the divergence; None where the suite has none.
+        head_trained: whether the head gets a gradient; None at logits level.
+        masked: share of the tokens that do not count.
+        time_ms: median of a forward and backward; low and high are the 20 % and 80 % quantiles of ``rounds``.
+        floor_ms: the least the work can take, by ``floor``: "copy" (each input read once, each gradient written once,
+            at the rate of a large copy) or "gemms" (the bare matrix products), both measured in the same run.
+        gbps: at logits level, the floor's bytes over the time, in 1e9 bytes/s.
+        traffic_gbps: the bytes the implementation is known to move over the time; None where they are not known.
+        tflops: for linear suites, the floor's operations over the time, in 1e12/s.
+        peak_bytes: most bytes held at one time beyond the inputs (gradients of the inputs count).
+        loss_error: |loss - truth| / |truth|, truth in float64.
+        grad_error: the largest |g - truth| / |truth| (Euclidean norms) over the gradients.
+        gives: what comes out beside the gradient.
+        extra: what only some suites have (``step``: tokens_per_s, split_ms, layers; ``topk``: k; ...).
+    """
+
+    suite: str
+    case: str
+    impl: str
+    status: Status = "ok"
+    reason: str | None = None
+    model: str | None = None
+    dtype: str | None = None
+    n: int | None = None
+    v: int | None = None
+    h: int | None = None
+    beta: float | None = None
+    head_trained: bool | None = None
+    masked: float = 0.0
+    time_ms: float | None = None
+    time_low_ms: float | None = None
+    time_high_ms: float | None = None
+    rounds: int = 0
+    floor_ms: float | None = None
+    floor: str | None = None
+    gbps: float | None = None
+    traffic_gbps: float | None = None
+    tflops: float | None = None
+    peak_bytes: int | None = None
+    loss_error: float | None = None
+    grad_error: float | None = None
+    gives: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What it is the record of."""
+        return self.suite, self.case, self.impl
+
+
+@dataclass
+class Results:
+    """A run: header and records, bound to its file."""
+
+    path: Path
+    header: dict[str, Any]
+    records: list[Record] = field(default_factory=list)
+
+    def add(self, record: Record) -> None:
+        """Append (or replace the record of the same key) and save."""
+        self.records = [r for r in self.records if r.key != record.key] + [record]
+        self.save()
+
+    def done(self) -> set[tuple[str, str, str]]:
+        return {r.key for r in self.records}
+
+    def save(self) -> None:
+        """Whole or not at all: a run cut off at any moment leaves the previous file."""
+        payload = {"header": self.header, "records": [dataclasses.asdict(r) for r in self.records]}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem}-", suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(payload, file, indent=1, allow_nan=False, default=_plain)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, self.path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def load(path: Path) -> Results:
+    """Read a results file; ValueError where it is none, or of another format."""
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+        header, rows = payload["header"], payload["records"]
+        if header.get("format") != FORMAT:
+            raise ValueError(f"format {header.get('format')!r}, this reads {FORMAT}")
+        return Results(path, header, [Record(**row) for row in rows])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a results file: {error}") from error
+
+
+def header(device: torch.device, command: list[str] | None = None) -> dict[str, Any]:
+    """Where and with what this process measures."""
+    name = device_name(device)
+    return {
+        "format": FORMAT,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": name,
+        "device_type": device.type,
+        "driver": _driver() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "interpreted": os.environ.get("TRITON_INTERPRET", "0") == "1",
+        "versions": {name: _version(name) for name in VERSIONS},
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("CAOP_COMMIT"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "command": " ".join(command if command is not None else [Path(sys.executable).name, *sys.argv]),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model} ({torch.get_num_threads()} threads)"
+
+
+def file_name(header: dict[str, Any]) -> str:
+    """``<date>-<device>.json``, the device in lower-case words."""
+    name = header["device"].lower()
+    if header["device_type"] == "cpu":
+        name = f"cpu {name}"
+    for noise in ("nvidia", "(r)", "(tm)", "processor", "80gb hbm3"):
+        name = name.replace(noise, " ")
+    words = re.sub(r"[^a-z0-9.]+", "-", name).strip("-")
+    return f"{header['date'][:10]}-{'interpreted-' if header['interpreted'] else ''}{words}.json"
+
+
+def _plain(value: Any) -> Any:
+    raise TypeError(f"cannot record a {type(value).__name__}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
