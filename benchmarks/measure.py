@@ -1,23 +1,156 @@
-"""Peak memory of a call, by PyTorch's own account of its allocations."""
+"""Time and peak memory of a call, on a GPU by its events and allocator, on a CPU by wall time and the profiler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+Step = Callable[[], Any]
+MIN_ROUNDS = 3
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Most bytes allocated at one time by ``call`` on the CPU, beyond what was there before it."""
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of single rounds, after warm-up."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    def quantile(self, share: float) -> float:
+        """By position, without interpolation: a time that was measured."""
+        ordered = sorted(self.rounds)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def timing(
+    steps: Sequence[Step], device: torch.device, *, seconds: float = 2.0, rounds: int = 50, warmup: int = 2
+) -> Timing:
+    """Rounds of ``steps`` in turn, each on inputs of its own so that no cache holds them, for about ``seconds``.
+
+    On a GPU every round lies between two events and nothing waits between rounds: the host works ahead as it does in
+    training, and a step that makes the host wait pays for it. Clocks are left alone.
+    """
+    turn = itertools.cycle(steps)
+    started = time.perf_counter()
+    for _ in range(max(1, warmup)):
+        next(turn)()
+        synchronize(device)
+    each = (time.perf_counter() - started) / max(1, warmup)
+    # The first warm-up round compiles or allocates; the time of one more says how many rounds fit.
+    started = time.perf_counter()
+    next(turn)()
+    synchronize(device)
+    each = min(each, time.perf_counter() - started)
+    count = max(MIN_ROUNDS, min(rounds, int(seconds / max(each, 1e-9))))
+    return Timing(tuple(_events(turn, count) if device.type == "cuda" else _wall(turn, count)))
+
+
+def _events(turn, count: int) -> list[float]:
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for start, end in marks:
+        step = next(turn)
+        start.record()
+        step()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in marks]
+
+
+def _wall(turn, count: int) -> list[float]:
+    found = []
+    for _ in range(count):
+        step = next(turn)
+        start = time.perf_counter()
+        step()
+        found.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+class EventTimer:
+    """A timer for pytest-benchmark that reads GPU events: call it before and after, the difference is in seconds."""
+
+    def __init__(self) -> None:
+        self._start: torch.cuda.Event | None = None
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        if self._start is None:
+            self._start = event
+            return 0.0
+        event.synchronize()
+        start, self._start = self._start, None
+        return start.elapsed_time(event) * 1e-3
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache that repeated rounds could hit."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return 64 << 20
+
+
+def peak(step: Step, device: torch.device) -> int:
+    """Most bytes held at one time by ``step`` beyond what was there before it; call it once before, to warm up."""
+    if device.type != "cuda":
+        return peak_bytes(step)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@dataclass(frozen=True)
+class Allocations:
+    """Every allocation of a call on the CPU, by PyTorch's own account.
+
+    Attributes:
+        count: how many.
+        total: their bytes.
+        peak: most bytes held at one time beyond what was there before.
+        largest: bytes of the largest.
+    """
+
+    count: int
+    total: int
+    peak: int
+    largest: int
+
+
+def allocations(call: Step) -> Allocations:
+    """The allocations of ``call``; RuntimeError where the profiler saw none."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
-    live = peak = 0
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
     if not events:
         raise RuntimeError("the profiler recorded no allocation: peak memory is unknown")
-    return peak
+    live = highest = 0
+    taken = []
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        highest = max(highest, live)
+        if event.nbytes() > 0:
+            taken.append(event.nbytes())
+    return Allocations(len(taken), sum(taken), highest, max(taken, default=0))
+
+
+def peak_bytes(call: Step) -> int:
+    """Most bytes allocated at one time by ``call`` on the CPU, beyond what was there before it."""
+    return allocations(call).peak

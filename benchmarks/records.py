@@ -97,6 +97,17 @@ class Record:
         """What it is the record of."""
         return self.suite, self.case, self.impl
 
+    def __str__(self) -> str:
+        """In one line."""
+        name = f"{self.suite:<18} {self.case:<58} {self.impl:<24}"
+        if self.status != "ok":
+            return f"{name} {self.status}: {self.reason}"
+        parts = [f"{self.time_ms:10.2f} ms"]
+        parts += [f"floor {100 * self.floor_ms / self.time_ms:3.0f} %"] if self.floor_ms else []
+        parts += [f"{self.peak_bytes / 1e6:9.1f} MB"] if self.peak_bytes is not None else []
+        parts += [f"gradient error {self.grad_error:.1e}"] if self.grad_error is not None else []
+        return f"{name} {'  '.join(parts)}"
+
 
 @dataclass
 class Results:

@@ -1,0 +1,130 @@
+"""A list of cases within a budget of time: resumable, nothing measured is lost, nothing that failed is hidden."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import peers, step
+from benchmarks.cases import Case
+from benchmarks.floors import Floors
+from benchmarks.peers.peer import Peer
+from benchmarks.records import Record, Results
+from benchmarks.run import Bench, Dead, blank, dead, last_line, record, release
+
+Job = Case | step.StepCase
+
+
+@dataclass
+class Campaign:
+    """Measures jobs into ``results``.
+
+    Attributes:
+        results: where each record goes as soon as it is known.
+        device: to measure on.
+        deadline: ``time.monotonic()`` after which nothing new is begun.
+        seconds: of timed rounds for each contender.
+        rounds: most of them.
+        impls: names of the contenders to take; None for all.
+        say: called with a line for each record.
+    """
+
+    results: Results
+    device: torch.device
+    deadline: float
+    seconds: float = 2.0
+    rounds: int = 50
+    impls: Sequence[str] | None = None
+    say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self.floors = Floors(self.device, self.seconds / 2)
+        self._after_crash()
+
+    def run(self, jobs: Iterable[Job]) -> bool:
+        """All of ``jobs``, in their order; False where the deadline came first. ``Dead`` when the device is."""
+        return all(self._step(job) if isinstance(job, step.StepCase) else self._case(job) for job in jobs)
+
+    def ceilings(self, dtypes: Iterable[str]) -> None:
+        """Record what a large copy and large products reach on this device."""
+        if "ceilings" not in self.results.header:
+            self.results.header["ceilings"] = {
+                "copy_gbps": self.floors.copy_gbps,
+                "gemm_tflops": {dtype: self.floors.gemm_tflops(dtype) for dtype in dtypes},
+            }
+            self.results.save()
+
+    def _case(self, case: Case) -> bool:
+        wanted = [p for p in peers.for_case(case) if self.impls is None or p.name in self.impls]
+        open_ = [p for p in wanted if (case.suite, case.name, p.name) not in self.results.done()]
+        able = []
+        for peer in open_:  # what is skipped needs no inputs
+            refusal = peer.refusal(case, self.device)
+            if refusal is None:
+                able.append(peer)
+            else:
+                self._add(blank(case, peer.name, "skipped", refusal))
+        if not able:
+            return True
+        if time.monotonic() > self.deadline:
+            return False
+        bench = self._bench(case, able)
+        if bench is None:
+            return True
+        for peer in able:
+            if time.monotonic() > self.deadline:
+                return False
+            self._mark((case.suite, case.name, peer.name))
+            try:
+                self._add(record(bench, peer, seconds=self.seconds, rounds=self.rounds))
+            except Dead as error:
+                self._add(blank(case, peer.name, "crashed", str(error)))
+                raise
+        return True
+
+    def _bench(self, case: Case, wanted: Sequence[Peer]) -> Bench | None:
+        """Inputs, truth and floor of ``case``; None, with records that say so, where they do not fit."""
+        try:
+            return Bench(case, self.device, self.floors)
+        except torch.OutOfMemoryError:
+            status, reason = "oom", "the inputs and their float64 check do not fit"
+        except Exception as error:
+            if dead(error):
+                raise Dead(last_line(error)) from error
+            status, reason = "error", f"making the inputs: {last_line(error)}"
+        release(self.device)
+        for peer in wanted:
+            self._add(blank(case, peer.name, status, reason))
+        return None
+
+    def _step(self, case: step.StepCase) -> bool:
+        names = [n for n in step.CONTENDERS if self.impls is None or n in self.impls]
+        names = [n for n in names if ("step", case.name, n) not in self.results.done()]
+        if not names:
+            return True
+        if time.monotonic() > self.deadline:
+            return False
+        self._mark(("step", case.name, names[0]))
+        for found in step.records(case, self.device, impls=names):
+            self._add(found)
+        release(self.device)
+        return True
+
+    def _add(self, found: Record) -> None:
+        self.results.header.pop("running", None)
+        self.results.add(found)
+        self.say(str(found))
+
+    def _mark(self, key: tuple[str, str, str]) -> None:
+        """Leave a note of what runs: a process that dies leaves it behind."""
+        self.results.header["running"] = list(key)
+        self.results.save()
+
+    def _after_crash(self) -> None:
+        key = self.results.header.pop("running", None)
+        if key is not None and tuple(key) not in self.results.done():
+            suite, case, impl = key
+            self.results.add(Record(suite, case, impl, status="crashed", reason="the process ended while it ran"))

@@ -1,0 +1,95 @@
+"""The least a case can take on this device, from a large copy and bare matrix products measured in the same run."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.measure import timing
+
+COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
+PRODUCT_BYTES = {"cuda": 4 << 30, "cpu": 1 << 30}  # of the [N, V] matrix the bare products write and read
+SQUARE = {"cuda": 8192, "cpu": 1024}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """``ms`` by ``kind`` ("copy" or "gemms"), and the bytes or operations it stands for."""
+
+    ms: float
+    kind: str
+    bytes: int = 0
+    operations: int = 0
+
+
+@dataclass
+class Floors:
+    """Measured once for each shape and kept for the run."""
+
+    device: torch.device
+    seconds: float = 1.0
+    _products: dict[tuple, float] = field(default_factory=dict)
+
+    @functools.cached_property
+    def copy_gbps(self) -> float:
+        """Rate of a large copy, bytes read plus bytes written, in 1e9 bytes/s."""
+        size = COPY_BYTES[self.device.type]
+        source = torch.randn(size // 4, device=self.device)
+        into = torch.empty_like(source)
+        ms = timing([lambda: into.copy_(source)], self.device, seconds=self.seconds, rounds=20).median
+        return 2 * size / ms / 1e6
+
+    def gemm_tflops(self, dtype: str) -> float:
+        """Rate of a large square product, in 1e12 operations/s."""
+        side = SQUARE[self.device.type]
+        a, b = (torch.randn(side, side, device=self.device, dtype=getattr(torch, dtype)) for _ in "ab")
+        ms = timing([lambda: a @ b], self.device, seconds=self.seconds, rounds=20).median
+        return 2 * side**3 / ms / 1e9
+
+    def of(self, case: Case) -> Floor:
+        """The floor of a forward and backward of ``case``; masked tokens are not work."""
+        n = max(1, round(case.n * (1 - case.masked)))
+        if case.linear:
+            return Floor(self._gemms(case, n), "gemms", operations=case.units * 2 * n * case.v * case.h)
+        moved = logit_bytes(case, n)
+        return Floor(moved / self.copy_gbps / 1e6, "copy", bytes=moved)
+
+    def _gemms(self, case: Case, n: int) -> float:
+        key = (n, case.v, case.h, case.dtype, case.units, case.head_trained)
+        if key not in self._products:
+            self._products[key] = self._measure(case, n)
+        return self._products[key]
+
+    def _measure(self, case: Case, n: int) -> float:
+        """Projections, d_hidden and d_weight as bare products, the [N, V] matrix no larger than ``PRODUCT_BYTES``."""
+        dtype = getattr(torch, case.dtype)
+        rows = min(n, max(1, PRODUCT_BYTES[self.device.type] // (case.v * dtype.itemsize)))
+        hidden = torch.randn(n, case.h, device=self.device, dtype=dtype)
+        weight = torch.randn(case.v, case.h, device=self.device, dtype=dtype)
+        wide = torch.empty(rows, case.v, device=self.device, dtype=dtype)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        projections = 2 if case.suite == "linear" else 1
+
+        def products() -> None:
+            for start in range(0, n, rows):
+                h = hidden[start : start + rows]
+                z = wide[: h.shape[0]]
+                for _ in range(projections):
+                    torch.mm(h, weight.t(), out=z)
+                torch.mm(z, weight, out=d_hidden[start : start + rows])
+                if case.head_trained:
+                    if rows >= n:
+                        torch.mm(z.t(), h, out=d_weight)
+                    else:
+                        d_weight.addmm_(z.t(), h)
+
+        return timing([products], self.device, seconds=self.seconds, rounds=20).median
+
+
+def logit_bytes(case: Case, n: int) -> int:
+    """Each input read once, the gradient written once, for ``n`` rows."""
+    dense = 2 if case.suite == "logits" else 1
+    return (dense + 1) * n * case.v * getattr(torch, case.dtype).itemsize

@@ -1,0 +1,67 @@
+"""The interface that everything measured stands behind."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from benchmarks.inputs import Inputs
+
+Loss = Callable[[Inputs], Tensor]  # inputs to a scalar, the mean over the tokens that count
+
+
+def no_refusal(case: Case, device: torch.device) -> str | None:
+    return None
+
+
+def no_traffic(case: Case, rows: int) -> int | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One implementation of a suite's loss.
+
+    Attributes:
+        name: in tables.
+        suites: those it has a loss for.
+        build: the loss of a case, through the implementation's own public API with its defaults.
+        gives: what a call returns beside the gradient.
+        refuses: why it cannot do a case on a device, or None.
+        package: import name of what must be installed.
+        traffic: bytes it is known to read and write for a case's ``rows`` that count.
+    """
+
+    name: str
+    suites: tuple[str, ...]
+    build: Callable[[Case], Loss]
+    gives: str = "loss"
+    refuses: Callable[[Case, torch.device], str | None] = no_refusal
+    package: str | None = None
+    traffic: Callable[[Case, int], int | None] = no_traffic
+
+    def refusal(self, case: Case, device: torch.device) -> str | None:
+        """Why ``case`` is not measured with it on ``device``; None when it is."""
+        if case.suite not in self.suites:
+            return f"has no loss for the suite {case.suite}"
+        if self.package is not None and not installed(self.package):
+            return f"{self.package} is not installed"
+        return self.refuses(case, device)
+
+
+def installed(package: str) -> bool:
+    """Whether ``package`` could be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def needs_gpu(case: Case, device: torch.device) -> str | None:
+    """A Triton kernel of a peer's: not run on a CPU."""
+    return None if device.type == "cuda" else "a Triton kernel: needs a GPU"

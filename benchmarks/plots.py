@@ -1,0 +1,327 @@
+"""Pictures of a results file: time and memory against N, and gradient error against time.
+
+``plan`` says which there are, without matplotlib; ``draw`` needs it, and no display. An implementation has one colour
+in every picture.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.fits import Sweep, chosen, sweeps
+from benchmarks.groups import OURS, Group, by, dtype_order, groups, impl_order, largest_common, reference, shape
+from benchmarks.groups import setting as in_words
+from benchmarks.records import Record, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+INSTALL = "pip install matplotlib"
+DPI = 120
+PALETTE = 128
+INK, SOFT, LINE = "#1c2024", "#5b6570", "#dde1e6"
+COLOURS = {
+    OURS: "#0072b2",
+    "caop_fast-min": "#4da3d9",
+    "caop_fast-inplace": "#1f4e79",
+    "caop_fast-rows": "#7b9fd4",
+    "caop_fast-bf16-logits": "#3c5fa8",
+    "official": "#d55e00",
+    "official-compiled": "#f0a060",
+    "plain": "#6b6b6b",
+    "plain-compiled": "#949494",
+    "trl-chunked": "#009e73",
+    "trl-chunked-logprob": "#5fbf9f",
+    "trl-logprob-entropy": "#2f7f5f",
+    "liger-fused-linear-jsd": "#cc79a7",
+    "liger-chunked-jsd": "#8e3f7a",
+    "liger-jsd": "#e39ac4",
+    "liger-kl-div": "#6a51a3",
+    "cut-cross-entropy": "#a50f15",
+    "flash-attn-ce": "#8c6d1f",
+}
+OTHERS = ("#b8860b", "#3f8f8f", "#7f3f3f", "#5a7d2a", "#9467bd", "#e377c2")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+FEWEST = 4  # implementations a comparison of errors needs
+SIZES = 2  # different N a line needs
+NEAR = 12.0  # points between a mark and a name that needs no line
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to draw: of a sweep of N, or of one case.
+
+    Attributes:
+        suite: whose section it stands in.
+        name: of the file.
+        title: what is drawn, and where, at which shape and dtype: two lines.
+        of: the sweep or the case.
+    """
+
+    suite: str
+    name: str
+    title: str
+    of: Sweep | Group
+
+    @property
+    def alt(self) -> str:
+        return self.title.replace("\n", "; ")
+
+
+def unavailable() -> str | None:
+    """None when pictures can be drawn here, else why not."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return f"matplotlib is not installed ({INSTALL})"
+    return None
+
+
+def plan(results: Results) -> list[Picture]:
+    """The pictures of a results file, growth before errors in each suite and dtype."""
+    found = [g for g in groups(results.records) if g.suite != "step"]
+    stem, device = results.path.stem, results.header.get("device") or "device not known"
+    made = []
+    for sweep in chosen([s for s in sweeps(found, SIZES) if s.variable == "n"]):
+        if max((sweep.reached(impl) for impl in sweep.impls), default=0) >= SIZES:
+            first = sweep.groups[0]
+            sizes = [f"{name} {value}" for name, value in (("V", first.v), ("H", first.h)) if value]
+            setting = in_words(sweep.dtype, sweep.beta, sweep.head_trained, sweep.masked)
+            where = ", ".join([*sweep.models, *sizes, *setting])
+            title = f"{sweep.suite}: time and memory against N, {device}\n{where}"
+            made.append(Picture(sweep.suite, f"{stem}-{sweep.suite}-{sweep.dtype}-growth.png", title, sweep))
+    for suite, same in by(found, lambda g: g.suite).items():
+        group = reference(same) or largest_common(same)
+        if group is not None and len(_placed(group)) >= FEWEST:
+            title = f"{suite}: gradient error against time, {device}\n{shape(group)}"
+            made.append(Picture(suite, f"{stem}-{suite}-error.png", title, group))
+    return sorted(made, key=lambda p: (p.suite, dtype_order(p.of.dtype), isinstance(p.of, Group)))
+
+
+def draw(picture: Picture, path: Path) -> None:
+    """Write ``picture`` as a PNG, with a palette: a quarter of the bytes."""
+    from PIL import Image  # matplotlib needs it
+
+    figure = growth(picture) if isinstance(picture.of, Sweep) else errors(picture)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = io.BytesIO()
+    figure.savefig(pixels, format="png", dpi=DPI, facecolor="white")
+    Image.open(pixels).convert("RGB").quantize(PALETTE, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
+
+
+def colour(impl: str) -> str:
+    """Its own, or one that depends on the name only."""
+    return COLOURS.get(impl) or OTHERS[zlib.crc32(impl.encode()) % len(OTHERS)]
+
+
+def marker(impl: str) -> str:
+    """By its place among the known ones; caop_fast has the first for itself."""
+    if impl == OURS:
+        return MARKERS[0]
+    place = list(COLOURS).index(impl) - 1 if impl in COLOURS else zlib.crc32(impl.encode())
+    return MARKERS[1 + place % (len(MARKERS) - 1)]
+
+
+def growth(picture: Picture) -> Figure:
+    """Time against N beside memory against N, a line for each implementation."""
+    sweep = picture.of
+    figure = _figure(12, 5.2, picture.title)
+    left, right = figure.subplots(1, 2)
+    names = [impl for impl in sweep.impls if sweep.points(impl, "time")]
+    most = max((y for impl in names for _, y in sweep.points(impl, "memory")), default=0)
+    scale, unit = (1e-9, "GB") if most >= 2e9 else (1e-6, "MB")
+    panels = ((left, "time", 1.0, "time, ms"), (right, "memory", scale, f"peak memory beyond the inputs, {unit}"))
+    for axes, quantity, scale, label in panels:
+        for impl in reversed(names):  # caop_fast on top
+            if points := [(x, scale * y) for x, y in sweep.points(impl, quantity) if y > 0]:
+                axes.plot(*zip(*points, strict=True), label=_label(sweep, impl), **_style(impl))
+        _sizes(axes, sweep, label)
+    floors = {sweep.x(g): r for g in sweep.groups for r in g.measured if r.floor_ms}
+    if floors:
+        points = [(x, floors[x].floor_ms) for x in sorted(floors)]
+        name = {"gemms": "bare GEMMs", "copy": "read and written once"}.get(next(iter(floors.values())).floor, "floor")
+        left.plot(
+            *zip(*points, strict=True), label=f"floor: {name}", color=INK, linestyle="--", linewidth=1.4, zorder=2
+        )
+    handles, labels = left.get_legend_handles_labels()
+    order = [len(names) - 1 - i for i in range(len(names))] + list(range(len(names), len(handles)))
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside right center",
+        frameon=False,
+        fontsize=9.5,
+        labelspacing=0.9,
+    )
+    return figure
+
+
+def _label(sweep: Sweep, impl: str) -> str:
+    """The name, and where the line ends because memory did."""
+    over = [sweep.x(g) for g in sweep.groups if (r := g.records.get(impl)) is not None and r.status == "oom"]
+    return f"{impl}\n(out of memory at {min(over)})" if over else impl
+
+
+def _style(impl: str) -> dict[str, object]:
+    ours, variant = impl == OURS, impl != OURS and impl.startswith(OURS)
+    return {
+        "color": colour(impl),
+        "marker": marker(impl),
+        "linewidth": 3.2 if ours else 1.5,
+        "markersize": 7.5 if ours else 5.0,
+        "linestyle": (0, (4, 1.5)) if variant else "-",
+        "zorder": 5 if ours else 3,
+    }
+
+
+def _sizes(axes: Axes, sweep: Sweep, label: str) -> None:
+    """Logarithmic axes; the sizes that were measured are the ticks."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = sorted({sweep.x(g) for g in sweep.groups})
+    axes.set_xticks(ticks, [str(x) for x in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    _decades(axes.yaxis)
+    axes.set_xlabel("tokens N")
+    _plain(axes, label)
+
+
+def _plain(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label)
+    axes.grid(True, which="major", color=LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(SOFT)
+    axes.tick_params(colors=SOFT, which="both")
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=11, color=INK)
+    return figure
+
+
+def _placed(group: Group) -> list[Record]:
+    """Those with a place on logarithmic axes."""
+    return [r for r in group.measured if r.grad_error is not None and r.grad_error > 0]
+
+
+def errors(picture: Picture) -> Figure:
+    """Gradient error against time on one case, each point with its name."""
+    group, figure = picture.of, _figure(9, 5.6, picture.title)
+    axes = figure.subplots()
+    records = sorted(_placed(group), key=lambda r: impl_order(r.impl))
+    for r in records:
+        style = {"color": colour(r.impl), "marker": marker(r.impl), "zorder": 5}
+        axes.plot(r.time_ms, r.grad_error, linestyle="", markersize=11 if r.impl == OURS else 8, **style)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(_room(axes.get_xlim(), 3))
+    axes.set_ylim(_room(axes.get_ylim(), 10))
+    _decades(axes.xaxis)
+    _decades(axes.yaxis)
+    axes.set_xlabel("time, ms")
+    _plain(axes, "relative gradient error against float64")
+    axes.text(0.005, 0.01, "better: left and down", transform=axes.transAxes, color=SOFT, fontsize=9, style="italic")
+    _name_points(figure, axes, records)
+    return figure
+
+
+def _decades(axis: Axis) -> None:
+    """A logarithmic axis with plain numbers, more of them where it spans little."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high / low < 300 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _room(limits: tuple[float, float], least: float) -> tuple[float, float]:
+    """Wider by what names need, and so wide that no noise looks like a difference."""
+    middle = math.sqrt(limits[0] * limits[1])
+    half = max(1.5 * math.sqrt(limits[1] / limits[0]), math.sqrt(least))
+    return middle / half, middle * half
+
+
+def _name_points(figure: Figure, axes: Axes, records: Sequence[Record]) -> None:
+    """Names beside their points, each at the nearest place where it covers nothing and no line to a name does."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what was placed stays where it is
+    renderer = figure.canvas.get_renderer()
+    pixel = figure.dpi / 72
+    points = [tuple(axes.transData.transform((r.time_ms, r.grad_error))) for r in records]
+    marks = [(x - 7 * pixel, y - 7 * pixel, x + 7 * pixel, y + 7 * pixel) for x, y in points]
+    names = [_box(text, renderer) for text in axes.texts]
+    frame = axes.get_window_extent(renderer).extents
+    leads: list[tuple[float, float]] = []  # points of the lines from names to their marks
+    for r, (x, y), mark in zip(records, points, marks, strict=True):
+        text = axes.annotate(
+            r.impl.replace("$", r"\$"),
+            (r.time_ms, r.grad_error),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=9.5,
+            color=colour(r.impl),
+            weight="bold" if r.impl == OURS else "normal",
+            zorder=6,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": SOFT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4},
+        )
+        others = [*(m for m in marks if m != mark), *names]
+        for dx, dy, side in _places():
+            text.set_position((dx, dy))
+            text.set_horizontalalignment(side)
+            box = _box(text, renderer)
+            near = max(abs(dx), abs(dy)) <= NEAR
+            lead = [] if near else _line((x, y), ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+            inside = frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
+            covers = any(_meet(box, other) for other in [*others, mark]) or any(_holds(box, p) for p in leads)
+            if inside and not covers and not any(_holds(other, p) for other in others for p in lead):
+                break
+        text.arrow_patch.set_visible(not near)
+        leads += lead
+        names.append(box)
+
+
+def _places() -> list[tuple[float, float, str]]:
+    """Offsets in points from near to far, with the alignment of the text there."""
+    near = [(NEAR, 0.0, "left"), (-NEAR, 0.0, "right"), (0.0, NEAR, "center"), (0.0, -NEAR, "center")]
+    across = ((0.0, "center"), (0.6, "left"), (-0.6, "right"), (1.5, "left"), (-1.5, "right"))
+    return near + [(w * far, up * far, side) for far in range(18, 200, 6) for w, side in across for up in (1, -1)]
+
+
+def _line(start: tuple[float, float], end: tuple[float, float], steps: int = 24) -> list[tuple[float, float]]:
+    return [tuple(a + (b - a) * i / steps for a, b in zip(start, end, strict=True)) for i in range(steps + 1)]
+
+
+def _holds(box: tuple[float, ...], point: tuple[float, float]) -> bool:
+    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
+
+
+def _box(text: object, renderer: object) -> tuple[float, float, float, float]:
+    """Where the letters are, in pixels, without the line that leads there."""
+    from matplotlib.text import Annotation, Text
+
+    if isinstance(text, Annotation):
+        text.update_positions(renderer)
+    x0, y0, x1, y1 = Text.get_window_extent(text, renderer).extents
+    return x0 - 1, y0 - 1, x1 + 1, y1 + 1
+
+
+def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
