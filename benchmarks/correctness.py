@@ -15,6 +15,7 @@ import torch
 from benchmarks.checks import bins, confidence, linear, logits, sparse, tokens
 from benchmarks.checks.closeness import Wrong
 from benchmarks.checks.trial import SIZES, Setting, Trial
+from benchmarks.measure import alive
 
 OUT_OF_TIME = "the time ran out"
 LINES = 4  # of a traceback that are kept
@@ -106,16 +107,8 @@ def _run(trial: Trial, setting: Setting) -> tuple[Check, bool]:
     except Wrong as error:
         return Check(trial.name, "failed", str(error)), False
     except Exception as error:
-        return Check(trial.name, "failed", _tail(error)), not _alive(setting.device)
+        return Check(trial.name, "failed", _tail(error)), not alive(setting.device)
     return Check(trial.name, "passed"), False
-
-
-def _alive(device: torch.device) -> bool:
-    """Whether the device still works in this process: after an illegal access nothing does, whatever its message."""
-    try:
-        return torch.ones(2, device=device).sum().item() == 2
-    except RuntimeError:
-        return False
 
 
 def _tail(error: BaseException) -> str:

@@ -97,6 +97,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def alive(device: torch.device) -> bool:
+    """Whether the device still works in this process: after an illegal access nothing does, whatever its message."""
+    try:
+        return torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError:
+        return False
+
+
 def cache_bytes(device: torch.device) -> int:
     """Size of the last cache that repeated rounds could hit."""
     if device.type == "cuda":

@@ -206,9 +206,9 @@ def blank(case: Case, impl: str, status: str, reason: str | None, **measured: ob
 
 
 def dead(error: BaseException) -> bool:
-    """Whether nothing more can run on the device in this process."""
-    accelerator = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, accelerator) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+    """Whether ``error`` left the GPU of this process unusable: asked of the GPU, since messages differ and mislead."""
+    accelerator = isinstance(error, RuntimeError) and torch.cuda.is_initialized()
+    return accelerator and not measure.alive(torch.device("cuda"))
 
 
 def last_line(error: BaseException) -> str:

@@ -246,14 +246,15 @@ def step(found: Sequence[Group]) -> list[str]:
         rows = [_step_row(r, names, ours) for r in records]
         if not rows:
             continue
-        headers = ["implementation", "tokens/s", "over caop_fast's", "step, ms", *(f"{escape(n)}, ms" for n in names)]
-        lines += [f"{escape(group.case)}: {_layers(ok)}.", "", *table([*headers, "memory"], rows)]
+        headers = ["implementation", "tokens/s", "over caop_fast's", "tokens/s after the rollout", "step, ms"]
+        headers += [*(f"{escape(n)}, ms" for n in names), "memory", "loss error", "gradient error"]
+        lines += [f"{escape(group.case)}: {_layers(ok or records)}.", "", *table(headers, rows)]
     return lines
 
 
 def _step_row(record: Record, names: Sequence[str], ours: float | None) -> list[str]:
     if record.status != "ok":
-        return [escape(record.impl), record.status, *[NOTHING] * (len(names) + 3)]
+        return [escape(record.impl), record.status, *[NOTHING] * (len(names) + 6)]
     split = record.extra.get("split_ms") or {}
     whole = record.time_ms or sum(v for v in split.values() if v is not None)
     speed = record.extra.get("tokens_per_s")
@@ -262,8 +263,10 @@ def _step_row(record: Record, names: Sequence[str], ours: float | None) -> list[
         part = over(split.get(name), whole)
         cells.append(number(split.get(name)) + (f" ({percent(part)})" if part is not None else ""))
     relative = NOTHING if record.impl == OURS else times(over(speed, ours))
+    after = number(record.extra.get("tokens_per_s_without_rollout"), 4)
     time = spread(record.time_ms, record.time_low_ms, record.time_high_ms)
-    return [escape(record.impl), number(speed, 4), relative, time, *cells, size(record.peak_bytes)]
+    errors = [error(record.loss_error), error(record.grad_error)]
+    return [escape(record.impl), number(speed, 4), relative, after, time, *cells, size(record.peak_bytes), *errors]
 
 
 def _layers(records: Sequence[Record]) -> str:
@@ -272,8 +275,13 @@ def _layers(records: Sequence[Record]) -> str:
     def values(name: str) -> list[str]:
         return sorted({str(r.extra[name]) for r in records if r.extra.get(name) is not None})
 
-    used, published, tokens = values("layers"), values("layers_published"), values("tokens")
+    used, published = values("layers"), values("layers_published")
+    prompts, rollouts, tokens = values("prompts"), values("rollouts"), values("tokens")
     whole = " or ".join(published) or "an unknown number of"
     words = [f"{' or '.join(used)} of {whole} published layers"] if used else []
+    words += (
+        [f"{' or '.join(prompts)} prompts with {' or '.join(rollouts)} rollouts each"] if prompts and rollouts else []
+    )
     words += [f"{' or '.join(tokens)} tokens a step"] if tokens else []
+    words += [f"optimiser {escape(name)}" for name in values("optimiser")]
     return listed(words) or "nothing is known of its layers"

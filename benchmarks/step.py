@@ -24,10 +24,10 @@ from benchmarks import measure
 from benchmarks.peers.peer import installed
 from benchmarks.records import Record, Status
 from benchmarks.run import Dead, Wrong, dead, last_line, release
-from benchmarks.step_bench import CONTENDERS, FIRST_SEED, STAGES, Bench, Contender, Taken, relative
+from benchmarks.step_bench import CONTENDERS, FIRST_SEED, STAGES, Bench, Contender, Taken
 
 LOSS_ERROR = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, from which a contender is wrong
-GRADIENT_ERROR = {"float32": 1e-3, "bfloat16": 0.2}  # bfloat16 rounds in every layer
+GRADIENT_ERROR = {"float32": 1e-3, "bfloat16": 5e-2}  # bfloat16 rounds in every layer
 ROUNDS = 5
 
 
@@ -91,7 +91,7 @@ class StepCase:
 
 
 TINY = StepCase("small", 2, 3, 2, 8, 16, 6, "float32")
-QUICK = StepCase("Qwen3-0.6B", 1, 2, 2, 24, 48, 8, "float32")
+QUICK = StepCase("Qwen3-0.6B", 1, 2, 4, 24, 48, 4, "float32")
 CPU = StepCase("Qwen3-0.6B", 2, 4, 4, 64, 128, 16, "float32")
 GPU = (
     StepCase("Qwen3-0.6B", 28, 4, 8, 256, 512, 128, "bfloat16"),
@@ -104,7 +104,7 @@ SELECTIONS = {"gpu": GPU, "cpu": (CPU,), "quick": (QUICK,), "tiny": (TINY,)}
 
 @dataclass(frozen=True)
 class Examined:
-    """A contender that may be timed: its relative errors, its loss on the checked rollouts, and its peak memory."""
+    """A contender that may be timed: its relative errors, its loss, and its peak memory in bytes."""
 
     loss_error: float
     gradient_errors: dict[str, float]
@@ -181,23 +181,22 @@ def out_of_memory(error: Exception) -> bool:
 
 def examine(bench: Bench, contender: Contender) -> Examined:
     """Hold ``contender`` to the reference, warm it up and measure its memory; ``Wrong`` where it may not be timed."""
-    dtype = bench.case.dtype
-    errors = bench.errors(contender)
-    for name, error in errors.gradients.items():
-        if not error <= GRADIENT_ERROR[dtype]:
-            raise Wrong(f"gradient error {error:.2g} in the {name}, loss error {errors.loss:.2g}")
-    if not errors.loss <= LOSS_ERROR[dtype]:
-        raise Wrong(f"loss error {errors.loss:.2g} on a few rollouts")
     if bench.device.type == "cuda":  # kernels are compiled and workspaces taken before memory is looked at
         bench.reset()
         bench.step(contender, FIRST_SEED)
     bench.reset()
-    taken: list[Taken] = []
-    peak = measure.peak(lambda: taken.append(bench.step(contender, FIRST_SEED)), bench.device)
-    whole = relative(taken[0].loss, bench.truth.whole_loss)
-    if not whole <= LOSS_ERROR[dtype]:
-        raise Wrong(f"loss error {whole:.2g} in the whole step")
-    return Examined(max(errors.loss, whole), errors.gradients, float(taken[0].loss), peak)
+    found: list[Taken] = []
+    peak = measure.peak(lambda: found.append(bench.step(contender, FIRST_SEED, keep=True)), bench.device)
+    taken, truth = found[0], bench.truth
+    if not torch.equal(taken.batch.completions.ids, truth.ids):
+        raise Wrong("other rollouts were sampled from the same seed")
+    loss, gradients = truth.loss_error(taken), truth.gradient_errors(taken)
+    if not loss <= LOSS_ERROR[bench.case.dtype]:
+        raise Wrong(f"loss error {loss:.2g}")
+    for name, error in gradients.items():
+        if not error <= GRADIENT_ERROR[bench.case.dtype]:
+            raise Wrong(f"gradient error {error:.2g} in the {name}, loss error {loss:.2g}")
+    return Examined(loss, gradients, float(taken.loss), peak)
 
 
 @dataclass(frozen=True)

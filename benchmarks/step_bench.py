@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from caop_fast.training.scoring import Completions
 
 STAGES = ("rollout", "teacher", "student", "loss", "optimiser")
-CHECKED = 2  # prompts, and rollouts of each, whose gradients are compared
-FIRST_SEED = 1000  # of the rollouts that are checked; the timed rounds take those that follow
+FIRST_SEED = 1000  # of the rollouts whose loss and gradients are checked; the timed rounds take those that follow
+AT_ONCE = 4  # rollouts whose logits the reference holds
 LEARNING_RATE = 1e-5
 
 
@@ -140,11 +140,19 @@ class Clock:
 
 @dataclass(frozen=True)
 class Taken:
-    """A step that was taken: its loss (a scalar on the device), its rollouts, and when its stages ended."""
+    """A step that was taken.
+
+    Attributes:
+        loss: scalar on the device.
+        batch: its rollouts.
+        clock: when its stages ended.
+        gradients: of some weights by their names, where they were to be kept.
+    """
 
     loss: Tensor
     batch: Batch
     clock: Clock
+    gradients: dict[str, Tensor | None]
 
 
 class Tokenizer:
@@ -169,6 +177,10 @@ class Bench:
         draw = random.Random(0)
         self.prompts = _prompts(case, case.prompt_tokens, draw)
         self.teacher_prompts = _prompts(case, case.teacher_prompt_tokens, draw)
+        for weight in self.student.parameters():  # the optimiser's state is held before a step: have it made
+            weight.grad = torch.zeros_like(weight)
+        self.optimizer.step()
+        self.reset()
 
     def reset(self) -> None:
         """Weights and optimiser as they were made: a step sees nothing of those before it."""
@@ -215,66 +227,36 @@ class Bench:
             self.case.beta,
         )
 
-    def step(self, contender: Contender, seed: int) -> Taken:
-        """One step, whole."""
+    def step(self, contender: Contender, seed: int, *, keep: bool = False) -> Taken:
+        """One step, whole; ``keep`` the gradients that are compared."""
         clock = Clock(self.device)
         batch = self.sample(seed)
         clock.mark()
-        loss = self._loss(contender, batch, clock)
+        with torch.no_grad():
+            teacher = contender.forward(self.teacher, batch.teacher_prompts, batch)
+        clock.mark()
+        student = contender.forward(self.student, batch.prompts, batch)
+        clock.mark()
+        loss = contender.loss(student, teacher, batch)
         loss.backward()
         clock.mark()
+        gradients = {name: weight.grad for name, weight in self.compared().items()} if keep else {}
         self.optimizer.step()
         self.clear()
         clock.mark()
-        return Taken(loss.detach(), batch, clock)
-
-    def _loss(self, contender: Contender, batch: Batch, clock: Clock | None = None) -> Tensor:
-        mark = clock.mark if clock is not None else lambda: None
-        with torch.no_grad():
-            teacher = contender.forward(self.teacher, batch.teacher_prompts, batch)
-        mark()
-        student = contender.forward(self.student, batch.prompts, batch)
-        mark()
-        return contender.loss(student, teacher, batch)
+        return Taken(loss.detach(), batch, clock, gradients)
 
     @cached_property
     def truth(self) -> Truth:
-        """By ``reference``, with weights as they were made; made once for all contenders."""
+        """Of the rollouts of ``FIRST_SEED``, by ``reference``; made once for all contenders."""
         self.reset()
-        whole = self.sample(FIRST_SEED)
-        ids = [c[:length].tolist() for c, length in zip(whole.completions.ids, whole.lengths, strict=True)]
-        index = whole.completions.prompt_index.tolist()
-        # A few rollouts of unequal length, so that what pads them is seen to count for nothing.
-        few = [p * self.case.rollouts + k for p in range(min(CHECKED, self.case.prompts)) for k in range(CHECKED)]
-        few = [r for r in few if r < len(ids) and index[r] < CHECKED]
-        small = self.batch([ids[r][: max(1, len(ids[r]) - i)] for i, r in enumerate(few)], [index[r] for r in few])
-        loss = reference(self.student, self.teacher, small)
-        gradients = {name: weight.grad for name, weight in self._compared().items()}
-        self.clear()
-        with torch.no_grad():
-            whole_loss = reference(self.student, self.teacher, whole)
-        return Truth(small, loss, gradients, whole_loss)
+        batch = self.sample(FIRST_SEED)
+        weights = self.compared()
+        loss, gradients = reference(self.student, self.teacher, batch, list(weights.values()))
+        return Truth(batch.completions.ids, loss, dict(zip(weights, gradients, strict=True)))
 
-    def errors(self, contender: Contender) -> Errors:
-        """How far ``contender`` is from ``truth`` on its few rollouts."""
-        truth = self.truth
-        self.reset()
-        loss = self._loss(contender, truth.batch)
-        loss.backward()
-        found = {}
-        for name, weight in self._compared().items():
-            right = truth.gradients[name].float()
-            mine = weight.grad.float() if weight.grad is not None else torch.zeros_like(right)
-            found[name] = float((mine - right).norm() / right.norm())
-        self.optimizer.step()  # here, at the latest, its state is made: it is held before a step
-        self.clear()
-        return Errors(relative(loss, truth.loss), found)
-
-    def _compared(self) -> dict[str, Tensor]:
-        """Weights whose gradients are compared: what the prompt's values flow through, the last of the body, the head.
-
-        With one layer the first two lie in the same.
-        """
+    def compared(self) -> dict[str, Tensor]:
+        """Weights whose gradients are compared: one that the prompt's tokens act on, the body's last, the head."""
         from caop_fast.training.head import backbone, language_head
 
         layers = backbone(self.student).layers
@@ -287,25 +269,24 @@ class Bench:
 
 @dataclass(frozen=True)
 class Truth:
-    """A few rollouts with their loss and the gradients of some weights, and the loss of a whole step's."""
+    """Sampled ids [R, L], the loss on them, and its gradients in float32 by the names of the weights."""
 
-    batch: Batch
-    loss: Tensor
-    gradients: dict[str, Tensor]
-    whole_loss: Tensor
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Relative errors of a loss, and of gradients (of their Euclidean norms) by the name of the weight."""
-
+    ids: Tensor
     loss: float
-    gradients: dict[str, float]
+    gradients: dict[str, Tensor]
 
+    def loss_error(self, taken: Taken) -> float:
+        """Relative."""
+        return abs(float(taken.loss) - self.loss) / abs(self.loss)
 
-def relative(found: Tensor, right: Tensor) -> float:
-    """|found - right| / |right| of scalars."""
-    return abs(float(found.detach()) - float(right)) / abs(float(right))
+    def gradient_errors(self, taken: Taken) -> dict[str, float]:
+        """Of Euclidean norms, relative."""
+        found = {}
+        for name, right in self.gradients.items():
+            mine = taken.gradients[name]
+            mine = torch.zeros_like(right) if mine is None else mine.float()
+            found[name] = float((mine - right).norm() / right.norm())
+        return found
 
 
 def make_model(case: StepCase, device: torch.device) -> PreTrainedModel:
@@ -327,9 +308,16 @@ def make_model(case: StepCase, device: torch.device) -> PreTrainedModel:
         tie_word_embeddings=a.tied,
         eos_token_id=a.eos,
     )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-        torch.manual_seed(0)
-        return Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, case.dtype)).train()
+    with torch.device("meta"):  # transformers would draw large matrices twice, and the tied head besides
+        model = Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, case.dtype))
+    model.to_empty(device=device).tie_weights()
+    with torch.device(device):  # its buffers are computed, not drawn
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    draw = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0.0, config.initializer_range, generator=draw) if weight.ndim == 2 else weight.fill_(1.0)
+    return model.train()
 
 
 def _prompts(case: StepCase, longest: int, draw: random.Random) -> list[list[int]]:
@@ -340,27 +328,38 @@ def _prompts(case: StepCase, longest: int, draw: random.Random) -> list[list[int
     return [[draw.choice(range(max(a.eos, a.pad) + 1, a.vocab)) for _ in range(length)] for length in lengths]
 
 
-def reference(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch) -> Tensor:
-    """The loss as it is defined, rollout by rollout: nothing is padded or shared, logits are float32 products.
+def reference(
+    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, weights: Sequence[Tensor]
+) -> tuple[float, list[Tensor]]:
+    """The loss as it is defined and its gradients by ``weights``, in float32.
 
-    Where gradients are on, those of ``student`` are made.
+    Each rollout runs by itself: nothing is padded or shared, and logits are float32 products.
     """
     from caop_fast.training.head import backbone, language_head
 
-    def logits(model: PreTrainedModel, prompt: list[int], ids: Tensor) -> Tensor:
-        whole = torch.cat([torch.tensor(prompt, device=ids.device), ids[:-1]])
-        hidden = backbone(model)(input_ids=whole[None], use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
-        return F.linear(hidden.float(), language_head(model).weight.float())
+    def logits(model: PreTrainedModel, prompts: list[list[int]], rollouts: list[tuple[int, Tensor]]) -> Tensor:
+        hidden = []
+        for i, ids in rollouts:
+            whole = torch.cat([torch.tensor(prompts[i], device=ids.device), ids[:-1]])
+            out = backbone(model)(input_ids=whole[None], use_cache=False).last_hidden_state
+            hidden.append(out[0, len(prompts[i]) - 1 :])
+        return F.linear(torch.cat(hidden).float(), language_head(model).weight.float())
 
-    total = torch.zeros((), dtype=torch.float64, device=batch.rows.device)
     done = batch.completions
-    for ids, length, i in zip(done.ids, batch.lengths, done.prompt_index.tolist(), strict=True):
-        labels = ids[:length]
+    cut = [ids[:length] for ids, length in zip(done.ids, batch.lengths, strict=True)]
+    rollouts = list(zip(done.prompt_index.tolist(), cut, strict=True))
+    loss, gradients = 0.0, []
+    for start in range(0, len(rollouts), AT_ONCE):
+        some = rollouts[start : start + AT_ONCE]
         with torch.no_grad():
-            theirs = logits(teacher, batch.teacher_prompts[i], labels)
-        mine = logits(student, batch.prompts[i], labels)
+            theirs = logits(teacher, batch.teacher_prompts, some)
+        mine = logits(student, batch.prompts, some)
+        labels = torch.cat([ids for _, ids in some])
         part = plain.divergence(mine, theirs, labels, batch.beta)[1].sum() / batch.tokens
-        if part.requires_grad:
-            part.backward()
-        total += part.detach()
-    return total
+        more = torch.autograd.grad(part, weights)
+        if gradients:
+            torch._foreach_add_(gradients, more)
+        else:
+            gradients = [g.float() for g in more]
+        loss += float(part.detach())
+    return loss, gradients

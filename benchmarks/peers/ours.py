@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor
 import caop_fast
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
-from benchmarks.peers.peer import Loss, Peer
+from benchmarks.peers.peer import Loss, Peer, interpreted
 
 STATISTICS = "loss, both log-probabilities, both entropies"
 
 
 def backend() -> str:
     """Triton's interpreter where the process runs it, else what a user gets."""
-    return "triton" if os.environ.get("TRITON_INTERPRET", "0") == "1" else "auto"
+    return "triton" if interpreted() else "auto"
 
 
 def build(case: Case, **options: Any) -> Loss:

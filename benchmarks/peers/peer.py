@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,6 +63,11 @@ def installed(package: str) -> bool:
         return False
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter plays the GPU in this process."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def needs_gpu(case: Case, device: torch.device) -> str | None:
-    """A Triton kernel of a peer's: not run on a CPU."""
-    return None if device.type == "cuda" else "a Triton kernel: needs a GPU"
+    """A Triton kernel of a peer's: run on a CPU only by the interpreter."""
+    return None if device.type == "cuda" or interpreted() else "a Triton kernel: needs a GPU"

@@ -317,7 +317,7 @@ def test_an_exception_fails_its_check_only(monkeypatch):
 def test_a_dead_device_skips_the_rest(monkeypatch):
     error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
     alive = iter([True, False])
-    monkeypatch.setattr(correctness, "_alive", lambda device: next(alive))
+    monkeypatch.setattr(correctness, "alive", lambda device: next(alive))
     found = stage(monkeypatch, raises(ValueError("harmless")), raises(error), lambda _: None, lambda _: None)
     assert [c.outcome for c in found] == ["failed", "failed", "skipped", "skipped"]
     assert correctness.summary(found)["skips"] == {"the device is dead since check 1": 2}

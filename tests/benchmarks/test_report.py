@@ -134,11 +134,21 @@ class TestSections:
         for record in (linear("caop_fast"), linear("plain"), logits("caop_fast"), linear("x", status="oom")):
             assert tables(rendered(record))
 
-    def test_a_crash_takes_its_shape_from_the_others(self):
-        records = [linear("caop_fast"), Record("linear", linear("x").case, "plain", status="crashed", reason="gone")]
+    @pytest.mark.parametrize(("whole", "dead"), [("caop_fast", "plain"), ("plain", "caop_fast")])
+    def test_a_crash_takes_its_shape_from_the_others(self, whole, dead):
+        records = [linear(whole), Record("linear", linear("x").case, dead, status="crashed", reason="gone")]
         (group,) = groups(records)
         assert (group.model, group.n, list(group.records)) == ("Qwen3-8B", 8192, ["caop_fast", "plain"])
         assert groups(reversed(records)) == [group]
+
+    def test_overview(self):
+        records = [linear("caop_fast", n) for n in (1, 2, 3, 4)] + [linear("plain", 4, status="oom")]
+        sizes = ((1, 20.0, 3e-3), (2, 30.0, 9e-3), (3, 50.0, 5e-3))
+        records += [linear("plain", n, time_ms=t, peak_bytes=n * 10**9, grad_error=e) for n, t, e in sizes]
+        head, ours, plain = tables("\n".join(sections.overview(groups(records))) + "\n")[0]
+        assert head[4:6] == ["time over caop_fast's", "memory over caop_fast's"]
+        assert ours == ["caop_fast", "bfloat16", "loss", "4 ok", "–", "–", "1.0e-04", "4.0e-03"]
+        assert plain[3:] == ["3 ok, 1 oom", "3.00x (2.00–5.00)", "2.00x (1.00–3.00)", "1.0e-04", "9.0e-03"]
 
     def test_models_say_their_shapes_once(self):
         shapes = {"A": (1000, 8), "B": (2000, 16)}
@@ -160,21 +170,21 @@ class TestSections:
 
     def test_step(self):
         split = {"optimiser": 10.0, "loss": 20.0, "rollout": None, "other": 30.0, "teacher": 40.0}
-        extra = {"split_ms": split, "layers": 4, "layers_published": 36, "tokens": 8192}
-        ours = Record(
-            "step", "s", "caop_fast", time_ms=100.0, peak_bytes=10**9, extra={**extra, "tokens_per_s": 8000.0}
-        )
-        other = dataclasses.replace(ours, impl="official", extra={**extra, "tokens_per_s": 4000.0})
+        extra = {"split_ms": split, "layers": 4, "layers_published": 36, "tokens": 8192, "prompts": 8, "rollouts": 2}
+        speeds = {"tokens_per_s": 8000.0, "tokens_per_s_without_rollout": 9000.0}
+        ours = Record("step", "s", "caop_fast", time_ms=100.0, peak_bytes=10**9, extra={**extra, **speeds})
+        other = dataclasses.replace(ours, impl="official", grad_error=1e-3, extra={**extra, "tokens_per_s": 4000.0})
         oom = Record("step", "s", "plain", status="oom", reason="out of memory")
         text = rendered(other, oom, ours)
-        assert "s: 4 of 36 published layers, 8192 tokens a step." in text
+        assert "s: 4 of 36 published layers, 8 prompts with 2 rollouts each, 8192 tokens a step." in text
         parts = ["rollout, ms", "teacher, ms", "loss, ms", "optimiser, ms", "other, ms"]
-        spent = ["–", "40.0 (40 %)", "20.0 (20 %)", "10.0 (10 %)", "30.0 (30 %)", "1.00 GB"]
+        spent = ["–", "40.0 (40 %)", "20.0 (20 %)", "10.0 (10 %)", "30.0 (30 %)", "1.00 GB", "–"]
+        speed = ["tokens/s", "over caop_fast's", "tokens/s after the rollout", "step, ms"]
         assert tables(text)[-1] == [
-            ["implementation", "tokens/s", "over caop_fast's", "step, ms", *parts, "memory"],
-            ["caop_fast", "8000", "–", "100", *spent],
-            ["official", "4000", "0.500x", "100", *spent],
-            ["plain", "oom", *["–"] * 8],
+            ["implementation", *speed, *parts, "memory", "loss error", "gradient error"],
+            ["caop_fast", "8000", "–", "9000", "100", *spent, "–"],
+            ["official", "4000", "0.500x", "–", "100", *spent, "1.0e-03"],
+            ["plain", "oom", *["–"] * 11],
         ]
 
     def test_the_case_of_the_targets_and_the_largest_common_one(self):

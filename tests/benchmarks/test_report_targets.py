@@ -143,10 +143,19 @@ class TestFits:
 
     def test_two_sizes_or_two_settings_are_no_fit(self):
         assert not fits([linear("caop_fast", n) for n in (64, 128)])
-        mixed = [linear("caop_fast", 64), linear("caop_fast", 128), linear("caop_fast", 256, masked=0.4)]
-        for other in ({"dtype": "float32"}, {"beta": 1.0}, {"head_trained": False}, {"h": 8}, {"model": "other"}):
-            mixed[2] = dataclasses.replace(mixed[2], masked=0.0, **other)
-            assert not fits(mixed), other
+        same = [linear("caop_fast", n) for n in (64, 128, 256)]
+        assert len(fits(same)) == 2
+        settings = {
+            "dtype": "float32",
+            "beta": 1.0,
+            "head_trained": False,
+            "masked": 0.4,
+            "h": 8,
+            "v": 9,
+            "model": "other",
+        }
+        for name, other in {**settings, "suite": "linear-topk", "impl": "plain"}.items():
+            assert not fits([*same[:2], dataclasses.replace(same[2], **{name: other})]), name
         assert not fits([linear("caop_fast", n, status="oom" if n == 64 else "ok") for n in (64, 128, 256)])
 
     def test_a_value_that_is_not_positive_has_no_exponent(self):
