@@ -119,8 +119,13 @@ class Results:
 
     def add(self, record: Record) -> None:
         """Append (or replace the record of the same key) and save."""
-        self.records = [r for r in self.records if r.key != record.key] + [record]
-        self.save()
+        before = self.records
+        self.records = [r for r in before if r.key != record.key] + [record]
+        try:
+            self.save()
+        except BaseException:
+            self.records = before
+            raise
 
     def done(self) -> set[tuple[str, str, str]]:
         return {r.key for r in self.records}

@@ -2,8 +2,9 @@
 
 A step samples rollouts with ``generate``, runs the teacher on them behind its longer prompt, runs the student, makes
 the loss and its gradient, and takes a step of AdamW. Sampling and optimiser are the same for all; a contender is what
-lies between. Both forwards are timed by themselves; the stage "loss" holds the loss and the whole backward, through the
-student too. The models have published shapes and random weights, with fewer layers where a case says so.
+lies between. The stage "loss" holds the loss and the whole backward, through the student too. A contender that works on
+logits has the projections in its forwards, one that works on hidden states in its loss, so the three stages compare in
+sum only. The models have published shapes and random weights, with fewer layers where a case says so.
 
     python -m benchmarks.step --quick
 """
@@ -28,7 +29,7 @@ from benchmarks.step_bench import CONTENDERS, FIRST_SEED, STAGES, Bench, Contend
 
 LOSS_ERROR = {"float32": 1e-4, "bfloat16": 2e-2}  # relative, from which a contender is wrong
 GRADIENT_ERROR = {"float32": 1e-3, "bfloat16": 5e-2}  # bfloat16 rounds in every layer
-ROUNDS = 5
+ROUNDS = {"cuda": 5, "cpu": 3}  # unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,18 @@ class Examined:
 
 
 def records(
-    case: StepCase, device: torch.device, rounds: int = ROUNDS, impls: Sequence[str] | None = None
+    case: StepCase, device: torch.device, rounds: int | None = None, impls: Sequence[str] | None = None
 ) -> Iterator[Record]:
     """The records of the contenders (all, or those of ``impls``) as soon as each is known.
 
-    Whatever goes wrong becomes a status. ``Dead`` when the device is.
+    Whatever goes wrong becomes a status; behind that of a dead device comes ``Dead``.
     """
     unknown = sorted(set(impls or ()) - set(CONTENDERS))
     if unknown:
         raise ValueError(f"impls must be among {list(CONTENDERS)}, got {unknown}")
     names = [name for name in CONTENDERS if impls is None or name in impls]
+    if not names:
+        return
     if not installed("transformers"):
         yield from (blank(case, name, "skipped", "transformers is not installed") for name in names)
         return
@@ -134,7 +137,12 @@ def records(
         yield from (blank(case, name, status, f"making models and reference: {reason}") for name in names)
         return
     for name in names:
-        yield measured(bench[0], name, rounds)
+        try:
+            found = measured(bench[0], name, rounds or ROUNDS[device.type])
+        except Dead as error:
+            yield blank(case, name, "crashed", str(error))
+            raise
+        yield found
 
 
 def prepared(case: StepCase, device: torch.device) -> Bench:
@@ -207,6 +215,11 @@ class Round:
     tokens: int
     sampled: int
 
+    @classmethod
+    def of(cls, taken: Taken) -> Round:
+        split = taken.clock.split()
+        return cls(split, taken.batch.tokens, zlib.crc32(taken.batch.completions.ids.cpu().numpy().tobytes()))
+
     @property
     def ms(self) -> float:
         return sum(self.split.values())
@@ -216,10 +229,7 @@ def timed(bench: Bench, contender: Contender, number: int) -> Round:
     """Round ``number``, counted from 0: for every contender from the same weights, with the same rollouts."""
     bench.reset()
     gc.collect()
-    taken = bench.step(contender, FIRST_SEED + 1 + number)
-    split = taken.clock.split()
-    sampled = zlib.crc32(taken.batch.completions.ids.cpu().numpy().tobytes())
-    return Round(split, taken.batch.tokens, sampled)
+    return Round.of(bench.step(contender, FIRST_SEED + 1 + number))
 
 
 def filled(case: StepCase, name: str, ready: Examined, rounds: Sequence[Round]) -> Record:
@@ -299,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the small case for a CPU")
     parser.add_argument("--selection", choices=sorted(SELECTIONS), help="cases (gpu where there is one, else cpu)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed steps of each contender")
+    parser.add_argument("--rounds", type=int, help="timed steps of each contender")
     parser.add_argument("--impls", nargs="+", choices=tuple(CONTENDERS), help="only these contenders")
     options = parser.parse_args(argv)
     default = "gpu" if options.device == "cuda" else "cpu"

@@ -321,11 +321,12 @@ def make_model(case: StepCase, device: torch.device) -> PreTrainedModel:
 
 
 def _prompts(case: StepCase, longest: int, draw: random.Random) -> list[list[int]]:
-    """Random ids, from three quarters of ``longest`` to all of it."""
+    """Random ids, neither padding nor the end, from three quarters of ``longest`` to all of it."""
     a = case.architecture
+    able = [i for i in range(a.vocab) if i not in (a.pad, a.eos)]
     steps = max(1, case.prompts - 1)
     lengths = [longest - (longest // 4) * (steps - i) // steps for i in range(case.prompts)]
-    return [[draw.choice(range(max(a.eos, a.pad) + 1, a.vocab)) for _ in range(length)] for length in lengths]
+    return [draw.choices(able, k=length) for length in lengths]
 
 
 def reference(

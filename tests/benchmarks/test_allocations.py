@@ -1,6 +1,6 @@
 """What the losses allocate on a CPU is what was recorded: memory cannot grow, nor copies creep in, unseen.
 
-Beside it stand the instruction budgets of the kernels (``tests/kernels/test_kernels_budget.py``); neither needs a clock.
+Beside it stand the instruction budgets of the kernels, ``tests/kernels/test_kernels_budget.py``; neither needs a clock.
 """
 
 from __future__ import annotations

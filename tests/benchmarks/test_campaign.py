@@ -1,0 +1,286 @@
+"""A run of benchmarks: what is timed, what is not and why, resuming, crashes, budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import campaign as module
+from benchmarks import cases, command, floors, measure, peers, records, run
+from benchmarks.peers.peer import Peer
+
+CPU = torch.device("cpu")
+LOGITS = cases.small("logits", 80, 64, 8)
+LINEAR = cases.small("linear", 80, 64, 8, masked=0.4)
+NAMES = ("caop_fast", "plain")
+
+
+@pytest.fixture
+def contender(monkeypatch):
+    """Put a contender of one's own beside ours, built from plain PyTorch: ``change(loss, inputs)`` is its loss."""
+
+    def add(change, suites=("logits",), **options):
+        def build(case):
+            plain = peers.plain.build(case)
+            return lambda i: change(plain, i)
+
+        made = Peer("other", suites, build, **options)
+        monkeypatch.setattr(peers, "ALL", (*peers.ALL, made))
+        return made
+
+    return add
+
+
+def start(folder, *, impls=NAMES, minutes=5.0, header=None):
+    found = records.header(CPU) if header is None else header
+    results = records.Results(folder / "a.json", found)
+    return module.Campaign(results, CPU, time.monotonic() + 60 * minutes, 0.01, 3, impls, say=lambda text: None)
+
+
+def the(results, impl):
+    (found,) = (r for r in results.records if r.impl == impl)
+    return found
+
+
+@pytest.mark.parametrize(
+    "case", [LOGITS, LINEAR, cases.small("topk", 70, 90, 8), cases.small("linear-tokens", 9, 64, 8)]
+)
+def test_a_record_holds_what_was_measured(tmp_path, case):
+    ours = start(tmp_path)
+    assert ours.run([case])
+    for name in NAMES:
+        found = the(records.load(tmp_path / "a.json"), name)
+        assert (found.status, found.n, found.v, found.model) == ("ok", case.n, case.v, "small")
+        assert 0 < found.time_low_ms <= found.time_ms <= found.time_high_ms
+        assert found.rounds == 3
+        assert found.floor == ("gemms" if case.linear else "copy")
+        assert found.floor_ms > 0
+        assert (found.tflops is None) == (not case.linear)
+        assert (found.gbps is None) == case.linear
+        assert 0 < found.grad_error < 1e-3
+        assert found.extra["spread_error"] < 1e-3
+
+
+def test_the_peak_counts_the_gradients():
+    """Those of an earlier step would be let go in this one, and hide as much."""
+    bench = run.Bench(LINEAR, CPU, floors.Floors(CPU, 0.01))
+    (plain,) = (p for p in peers.ALL if p.name == "plain")
+    ready = run.examine(bench, plain)
+    assert bench.inputs.leaves()["weight"].grad is not None
+    bench.clear()
+    assert ready.peak == measure.peak(ready.steps[0], CPU)
+    assert ready.peak > sum(t.nbytes for t in bench.inputs.leaves().values())
+
+
+WRONG = {
+    "gradient": lambda loss, i: loss(i) + 0.05 * (loss(i) - loss(i).detach()),
+    "loss": lambda loss, i: loss(i) + 2 * loss(i).detach(),
+    "nan": lambda loss, i: loss(i) * math.nan,
+    "full size": lambda loss, i: loss(i) + 0.05 * (loss(i) - loss(i).detach()) * float(i.case.n == LOGITS.n),
+}
+
+
+class NoUpstream(torch.autograd.Function):
+    """A loss that takes the upstream gradient for 1."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return torch.ones_like(upstream)
+
+
+@pytest.mark.parametrize("name", [*WRONG, "upstream"])
+def test_what_is_wrong_is_not_timed(tmp_path, contender, name):
+    contender((lambda loss, i: NoUpstream.apply(loss(i))) if name == "upstream" else WRONG[name])
+    ours = start(tmp_path, impls=("other",))
+    ours.run([LOGITS])
+    found = the(ours.results, "other")
+    assert found.status == "wrong", found
+    assert found.time_ms is None
+    assert ("full size" in found.reason) == (name == "full size")
+    records.load(tmp_path / "a.json")
+
+
+def test_what_lacks_a_gradient_is_wrong(tmp_path, contender):
+    contender(lambda loss, i: loss(dataclasses.replace(i, weight=i.weight.detach())), ("linear",))
+    ours = start(tmp_path, impls=("other",))
+    ours.run([LINEAR])
+    assert the(ours.results, "other").status == "wrong"
+
+
+def raising(error):
+    def change(loss, i):
+        raise error
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(torch.OutOfMemoryError("no"), "oom"), (ValueError("bad shape\nmore"), "error")]
+)
+def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path, contender, error, status):
+    contender(raising(error))
+    ours = start(tmp_path, impls=("other", "plain"))
+    assert ours.run([LOGITS])
+    assert the(ours.results, "other").status == status
+    assert "\n" not in the(ours.results, "other").reason
+    assert the(ours.results, "plain").status == "ok"
+
+
+def test_inputs_that_do_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "make", raising(torch.OutOfMemoryError("no")))
+    ours = start(tmp_path)
+    assert ours.run([LOGITS])
+    assert {r.status for r in ours.results.records} == {"oom"}
+
+
+def test_what_is_not_installed_is_skipped_with_its_reason(tmp_path, contender):
+    contender(lambda loss, i: loss(i), package="no_such_package")
+    ours = start(tmp_path, impls=("other",))
+    ours.run([LOGITS])
+    assert (the(ours.results, "other").status, the(ours.results, "other").reason) == (
+        "skipped",
+        "no_such_package is not installed",
+    )
+
+
+def test_no_peer_is_imported_where_it_is_not_asked_for():
+    """``installed`` looks without importing; the packages are heavy, and may be broken."""
+    names = ("trl", "liger_kernel", "flash_attn", "cut_cross_entropy")
+    code = f"import sys, benchmarks.peers; print([m for m in {names} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=records.ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nothing_is_begun_after_the_deadline(tmp_path):
+    ours = start(tmp_path, minutes=-1)
+    assert not ours.run([LOGITS])
+    assert ours.results.records == []
+
+
+def test_a_run_is_resumed_and_a_crash_is_told(tmp_path, contender):
+    first = start(tmp_path, impls=("plain",))
+    first.run([LOGITS])
+    first._mark(("logits", LOGITS.name, "caop_fast"))  # and here the process dies
+    calls = []
+    contender(lambda loss, i: calls.append(1) or loss(i))
+    found = records.load(tmp_path / "a.json")
+    again = module.Campaign(found, CPU, time.monotonic() + 60, 0.01, 3, ("other", *NAMES), say=lambda text: None)
+    before = the(again.results, "plain")
+    assert again.run([LOGITS])
+    assert the(again.results, "plain") == before
+    assert the(again.results, "caop_fast").status == "crashed"
+    assert the(again.results, "other").status == "ok"
+    assert "running" not in json.loads((tmp_path / "a.json").read_text())["header"]
+
+
+def test_a_dead_device_is_recorded_and_ends_the_run(tmp_path, contender, monkeypatch):
+    contender(raising(RuntimeError("illegal memory access")))
+    monkeypatch.setattr(run, "dead", lambda error: True)
+    ours = start(tmp_path, impls=("other", "plain"))
+    with pytest.raises(run.Dead, match="illegal"):
+        ours.run([LOGITS])
+    told = [(r.impl, r.status) for r in records.load(tmp_path / "a.json").records]
+    assert told == [("plain", "ok"), ("other", "crashed")]
+
+
+def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
+    ours = start(tmp_path)
+    ours.run([LOGITS])
+    before = (tmp_path / "a.json").read_bytes()
+    with pytest.raises(TypeError):
+        ours.results.add(records.Record("logits", "x", "y", extra={"t": torch.ones(1)}))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        ours.results.add(records.Record("logits", "x", "y", grad_error=math.nan))
+    assert (tmp_path / "a.json").read_bytes() == before
+    ours.results.save()
+    assert (tmp_path / "a.json").read_bytes() == before, "what could not be saved is not kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    (tmp_path / "b.json").write_text('{"header": {"format": 99}, "records": []}')
+    with pytest.raises(ValueError, match=r"b\.json is not a results file"):
+        records.load(tmp_path / "b.json")
+
+
+def test_where_a_run_goes_on(tmp_path, monkeypatch):
+    """In the file of the same device, commit and versions, and in no other."""
+    first = command.open_results(tmp_path, CPU, fresh=False)
+    first.save()
+    assert command.open_results(tmp_path, CPU, fresh=False).path == first.path
+    assert command.open_results(tmp_path, CPU, fresh=True).path.stem == f"{first.path.stem}-2"
+    known = records.header(CPU)
+    monkeypatch.setattr(command, "header", lambda device: {**known, "commit": "another"})
+    assert command.open_results(tmp_path, CPU, fresh=False).path.stem == f"{first.path.stem}-2"
+
+
+@pytest.mark.parametrize("selection", cases.SELECTIONS)
+def test_selections(selection):
+    found = cases.SELECTIONS[selection]()
+    assert len({(c.suite, c.name) for c in found}) == len(found), "names are unique within a suite"
+    assert {c.suite for c in found} == set(cases.SUITES)
+
+
+def test_the_gpu_selection_covers_what_it_should():
+    found = cases.gpu()
+    first = found[0]
+    assert (first.suite, first.model, first.n, first.dtype, first.head_trained) == (
+        "linear",
+        "Qwen3-8B",
+        8192,
+        "bfloat16",
+        True,
+    )
+    for suite in ("linear", "logits"):
+        mine = [c for c in found if c.suite == suite]
+        seen = {(c.model, c.n, c.dtype, c.beta, c.masked, c.head_trained) for c in mine}
+        trained = (True, False) if suite == "linear" else (None,)
+        want = len(cases.HEADS) * len(cases.SIZES) * 2 * len(cases.BETAS) * 2 * len(trained)
+        assert len(seen) == want
+
+
+def test_floors():
+    found = floors.Floors(CPU, 0.01)
+    case = cases.small("linear", 64, 128, 16)
+    assert case.units == 4
+    assert found.of(case).operations == 4 * 2 * 64 * 128 * 16
+    assert found.of(dataclasses.replace(case, head_trained=False)).operations == 3 * 2 * 64 * 128 * 16
+    assert found.of(cases.small("linear-tokens", 64, 128, 16)).operations == 3 * 2 * 64 * 128 * 16
+    moved = found.of(cases.small("logits", 64, 128, 16, dtype="bfloat16", masked=0.5))
+    assert moved.bytes == 3 * 32 * 128 * 2
+    assert moved.ms == pytest.approx(moved.bytes / found.copy_gbps / 1e6)
+
+
+def test_products_of_a_floor_in_pieces(monkeypatch):
+    """A head too wide for the whole [N, V] matrix is multiplied piece by piece: the same products, timed likewise."""
+    monkeypatch.setitem(floors.PRODUCT_BYTES, "cpu", 4 * 128 * 10)
+    assert floors.Floors(CPU, 0.01).of(cases.small("linear", 64, 128, 16)).ms > 0
+
+
+def test_peak_and_allocations():
+    def call():
+        a = torch.empty(1000, dtype=torch.float32)
+        b = torch.empty(500, dtype=torch.float32)
+        del a
+        return torch.empty(2000, dtype=torch.uint8), b
+
+    found = measure.allocations(call)
+    assert (found.count, found.total, found.peak, found.largest) == (3, 8000, 6000, 4000)
+    assert measure.peak(call, CPU) == 6000
+
+
+def test_times_are_taken_in_turn():
+    seen = []
+    found = measure.timing([lambda: seen.append("a"), lambda: seen.append("b")], CPU, seconds=0.0, warmup=2)
+    assert len(found.rounds) == measure.MIN_ROUNDS
+    assert seen == ["a", "b"] * 3
+    assert measure.Timing((5.0, 1.0, 3.0)).median == 3.0
+    assert measure.Timing((5.0, 1.0, 3.0)).quantile(0.2) == 1.0
