@@ -5,7 +5,9 @@
 #                    on both backends, the kernels in Triton's interpreter (about 15 minutes)
 #   make plant-errors  plants errors in a copy and demands that a test fails for each
 #   make lint        ruff
-#   make bench-quick our losses against straightforward PyTorch on this CPU: time and peak memory
+#   make bench-quick every benchmark suite on this CPU beside PyTorch, torch.compile, TRL, Liger and CCE, in two minutes
+#   make bench-cpu   the recorded table of a CPU (about half an hour on a machine with nothing else to do)
+#   make report      benchmarks/RESULTS.md and its plots from benchmarks/results/*.json
 # Options: PYTHON=python3.12, PIP_ARGS="..." (passed to pip), ARGS="..." (passed to the demo or to pytest).
 
 PYTHON   ?= python3
@@ -14,7 +16,7 @@ ARGS     ?=
 VENV     := .venv
 PY       := $(VENV)/bin/python
 
-.PHONY: demo test test-full plant-errors lint format bench-quick clean
+.PHONY: demo test test-full plant-errors lint format bench-quick bench-cpu report clean
 
 demo: $(VENV)/.has-demo
 	$(PY) -m caop_fast.cli demo $(ARGS)
@@ -36,8 +38,14 @@ format: $(VENV)/.has-dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench-quick: $(VENV)/.has-dev
-	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+bench-quick: $(VENV)/.has-bench $(VENV)/.has-peers
+	$(PY) -m pytest benchmarks --quick --benchmark-columns=median,iqr,rounds $(ARGS)
+
+bench-cpu: $(VENV)/.has-bench $(VENV)/.has-peers
+	$(PY) -m benchmarks.cpu $(ARGS)
+
+report: $(VENV)/.has-bench
+	$(PY) -m benchmarks.report $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist

@@ -40,16 +40,14 @@ def timing(
     training, and a step that makes the host wait pays for it. Clocks are left alone.
     """
     turn = itertools.cycle(steps)
-    started = time.perf_counter()
-    for _ in range(max(1, warmup)):
+    each = float("inf")
+    for _ in range(warmup + 1):  # the first may compile or allocate; how long the last takes says how many rounds fit
+        started = time.perf_counter()
         next(turn)()
         synchronize(device)
-    each = (time.perf_counter() - started) / max(1, warmup)
-    # The first warm-up round compiles or allocates; the time of one more says how many rounds fit.
-    started = time.perf_counter()
-    next(turn)()
-    synchronize(device)
-    each = min(each, time.perf_counter() - started)
+        each = min(each, time.perf_counter() - started)
+        if each > seconds:
+            break
     count = max(MIN_ROUNDS, min(rounds, int(seconds / max(each, 1e-9))))
     return Timing(tuple(_events(turn, count) if device.type == "cuda" else _wall(turn, count)))
 

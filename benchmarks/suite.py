@@ -17,7 +17,7 @@ from benchmarks.peers.peer import Peer
 from benchmarks.records import Record
 from benchmarks.run import Bench, Wrong, examine, filled, release
 
-SECONDS = {"cuda": 1.0, "cpu": 0.6}  # of timed rounds
+SECONDS = {"cuda": 1.0, "cpu": 0.4}  # of timed rounds
 
 
 @functools.lru_cache(maxsize=1)

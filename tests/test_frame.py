@@ -48,7 +48,7 @@ def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("target", "extra"), [("demo", "demo"), ("test", "dev"), ("lint", "dev"), ("bench-quick", "dev")]
+    ("target", "extra"), [("demo", "demo"), ("test", "dev"), ("lint", "dev"), ("bench-quick", "bench")]
 )
 def test_make_needs_python_pip_and_make_only(target, extra):
     """From nothing: the environment without ensurepip, a pip put into it by any old pip, then the packages, visibly."""

@@ -72,6 +72,7 @@ def test_the_peak_counts_the_gradients():
     """Those of an earlier step would be let go in this one, and hide as much."""
     bench = run.Bench(LINEAR, CPU, floors.Floors(CPU, 0.01))
     (plain,) = (p for p in peers.ALL if p.name == "plain")
+    run.examine(bench, plain)  # the profiler knows of memory that it saw taken
     ready = run.examine(bench, plain)
     assert bench.inputs.leaves()["weight"].grad is not None
     bench.clear()
@@ -279,8 +280,11 @@ def test_peak_and_allocations():
 
 def test_times_are_taken_in_turn():
     seen = []
-    found = measure.timing([lambda: seen.append("a"), lambda: seen.append("b")], CPU, seconds=0.0, warmup=2)
-    assert len(found.rounds) == measure.MIN_ROUNDS
+    found = measure.timing([lambda: seen.append("a"), lambda: seen.append("b")], CPU, seconds=9.0, rounds=3, warmup=2)
+    assert len(found.rounds) == 3
     assert seen == ["a", "b"] * 3
+    slow = measure.timing([lambda: seen.append("s") or time.sleep(0.01)], CPU, seconds=0.001, warmup=2)
+    assert len(slow.rounds) == measure.MIN_ROUNDS
+    assert seen.count("s") == 1 + measure.MIN_ROUNDS, "what is slow needs no second warm-up"
     assert measure.Timing((5.0, 1.0, 3.0)).median == 3.0
     assert measure.Timing((5.0, 1.0, 3.0)).quantile(0.2) == 1.0
