@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import peers, step
+from benchmarks.bench import Bench
 from benchmarks.cases import Case
 from benchmarks.floors import Floors
 from benchmarks.peers.peer import Peer
 from benchmarks.records import Record, Results
-from benchmarks.run import Bench, Dead, blank, dead, last_line, record, release
+from benchmarks.run import Dead, blank, dead, last_line, out_of_memory, record, release
 
 Job = Case | step.StepCase
 
@@ -41,7 +42,8 @@ class Campaign:
     say: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
-        self.floors = Floors(self.device, self.seconds / 2)
+        known = self.results.header.get("ceilings", {})  # one rate for all records of a run
+        self.floors = Floors(self.device, self.seconds / 2, known.get("copy_gbps"))
         self._after_crash()
 
     def run(self, jobs: Iterable[Job]) -> bool:
@@ -51,10 +53,14 @@ class Campaign:
     def ceilings(self, dtypes: Iterable[str]) -> None:
         """Record what a large copy and large products reach on this device."""
         if "ceilings" not in self.results.header:
-            self.results.header["ceilings"] = {
-                "copy_gbps": self.floors.copy_gbps,
-                "gemm_tflops": {dtype: self.floors.gemm_tflops(dtype) for dtype in dtypes},
-            }
+            try:
+                products = {dtype: self.floors.gemm_tflops(dtype) for dtype in dtypes}
+                found = {"copy_gbps": self.floors.copy_gbps, "gemm_tflops": products}
+            except RuntimeError as error:
+                if dead(error):
+                    raise Dead(last_line(error)) from error
+                raise
+            self.results.header["ceilings"] = found
             self.results.save()
 
     def _case(self, case: Case) -> bool:
@@ -71,6 +77,7 @@ class Campaign:
             return True
         if time.monotonic() > self.deadline:
             return False
+        self._mark((case.suite, case.name, able[0].name))
         bench = self._bench(case, able)
         if bench is None:
             return True
@@ -79,25 +86,26 @@ class Campaign:
                 return False
             self._mark((case.suite, case.name, peer.name))
             try:
-                self._add(record(bench, peer, seconds=self.seconds, rounds=self.rounds))
+                found = record(bench, peer, seconds=self.seconds, rounds=self.rounds)
             except Dead as error:
                 self._add(blank(case, peer.name, "crashed", str(error)))
                 raise
+            self._add(found)
         return True
 
     def _bench(self, case: Case, wanted: Sequence[Peer]) -> Bench | None:
         """Inputs, truth and floor of ``case``; None, with records that say so, where they do not fit."""
         try:
             return Bench(case, self.device, self.floors)
-        except torch.OutOfMemoryError:
-            status, reason = "oom", "the inputs and their float64 check do not fit"
         except Exception as error:
-            if dead(error):
-                raise Dead(last_line(error)) from error
-            status, reason = "error", f"making the inputs: {last_line(error)}"
-        release(self.device)
-        for peer in wanted:
+            gone = Dead(last_line(error)) if dead(error) else None
+            status = "crashed" if gone else "oom" if out_of_memory(error) else "error"
+            reason = f"making the inputs, their float64 check and the floor: {last_line(error)}"
+        for peer in wanted:  # or the next process would begin here again
             self._add(blank(case, peer.name, status, reason))
+        if gone:
+            raise gone
+        release(self.device)
         return None
 
     def _step(self, case: step.StepCase) -> bool:
@@ -107,9 +115,11 @@ class Campaign:
             return True
         if time.monotonic() > self.deadline:
             return False
-        self._mark(("step", case.name, names[0]))
-        for found in step.records(case, self.device, impls=names):
-            self._add(found)
+        found = step.records(case, self.device, impls=names)
+        for name in names:  # in the order in which the records come
+            self._mark(("step", case.name, name))
+            self._add(next(found))
+        found.close()
         release(self.device)
         return True
 

@@ -34,6 +34,7 @@ HEADS = {
     "Llama-3-8B": Head(128256, 4096),
     "Gemma-2-2B": Head(256000, 2304, softcap=30.0),
 }
+LLAMA_2 = Head(32000, 4096)  # for the growth with V alone: the H of Qwen3-8B and Llama-3-8B with a small vocabulary
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def _axes() -> Iterator[Case]:
         yield case(suite, "Qwen3-8B", 8192 if suite == "linear-topk" else 1024)
     for model in HEADS:  # at one N, so V and H vary
         yield case("linear", model, 8192)
+    yield replace(case("linear", "Llama-3-8B", 8192), model="Llama-2-7B", v=LLAMA_2.vocab)
     for n in SIZES:
         yield case("linear", "Qwen3-8B", n)
     for n in SIZES:

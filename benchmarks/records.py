@@ -8,6 +8,7 @@ empty cell of a table is never a mystery.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -176,10 +177,22 @@ def header(device: torch.device, command: list[str] | None = None) -> dict[str, 
         "threads": torch.get_num_threads(),
         "interpreted": os.environ.get("TRITON_INTERPRET", "0") == "1",
         "versions": {name: _version(name) for name in VERSIONS},
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32_override": os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+        "sources": sources(),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("CAOP_COMMIT"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "command": " ".join(command if command is not None else [Path(sys.executable).name, *sys.argv]),
     }
+
+
+def sources() -> str:
+    """A digest of the code that is measured and that measures: what may be put into one file."""
+    digest = hashlib.sha256()
+    for folder in ("caop_fast", "kernels", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def device_name(device: torch.device) -> str:

@@ -40,7 +40,8 @@ a figure in it is any other than the records give. Newest first.
 - **memory**: most bytes held at one time beyond the inputs; gradients of the inputs count. MB is 1e6 bytes, GB is 1e9.
 - **GB/s**, **TFLOP/s**: bytes or operations of the floor over the time; **GB/s moved**: bytes that the implementation
   is known to read and write.
-- **loss error**, **gradient error**: relative to float64, of the gradients the largest.
+- **loss error**, **gradient error**: relative to float64, the largest of: loss of 64 tokens and of all, every gradient
+  of 64 tokens as a whole, and of all tokens 64 rows of each gradient, tokens and ids from the first to the last.
 - **skipped**: not installed or not made for the case; **oom**: out of memory; **wrong**: too far from float64, so not
   timed; **error**: raised; **crashed**: took the process with it; –: not run, or not known.
 """

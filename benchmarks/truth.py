@@ -32,6 +32,16 @@ class Truth:
         """|g - truth| / |truth| in Euclidean norms, by the name of the input; ``inf`` where a gradient is missing."""
         return {name: self._error(name, gradients.get(name)) for name in self.inputs.leaves()}
 
+    def rows(self, mine: Tensor) -> Tensor:
+        """Float64 gradient of hidden states, or of logits, for the tokens of the mask ``mine`` [N]."""
+        if not self.inputs.case.linear:
+            return self.dlogits[mine]
+        weight, part = self.inputs.weight.detach(), self.dlogits[mine]
+        total = torch.zeros(part.shape[0], weight.shape[1], dtype=torch.float64, device=weight.device)
+        for ids in _ids(weight):
+            total += part[:, ids] @ weight[ids].double()
+        return total
+
     def _error(self, name: str, gradient: Tensor | None) -> float:
         if gradient is None:
             return float("inf")
@@ -47,15 +57,67 @@ class Truth:
         if name == "student":
             yield slice(None), self.dlogits
             return
-        hidden, weight = self.inputs.hidden.detach(), self.inputs.weight.detach()
         if name == "hidden":
-            total = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
-            for ids in _ids(weight):
-                total += self.dlogits[:, ids] @ weight[ids].double()
-            yield slice(None), total
+            yield slice(None), self.rows(torch.ones_like(self.inputs.labels, dtype=torch.bool))
             return
+        hidden, weight = self.inputs.hidden.detach().double(), self.inputs.weight
         for ids in _ids(weight):
-            yield ids, self.dlogits[:, ids].t() @ hidden.double()
+            yield ids, self.dlogits[:, ids].t() @ hidden
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What all tokens together make of the loss, and some rows of its gradients.
+
+    Attributes:
+        loss: float64 scalar.
+        rows: by the name of the input, which rows: tokens from the first to the last, ids likewise.
+        gradients: float64, those rows.
+    """
+
+    loss: Tensor
+    rows: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+    def loss_error(self, loss: Tensor) -> float:
+        """|loss - truth| / |truth|."""
+        return float((loss.detach().double() - self.loss).abs() / self.loss.abs())
+
+    def gradient_errors(self, gradients: dict[str, Tensor]) -> dict[str, float]:
+        """|g - truth| / |truth| over the rows, by the name of the input; ``inf`` where a gradient is missing."""
+        found = {}
+        for name, right in self.gradients.items():
+            gradient = gradients.get(name)
+            wrong = None if gradient is None else gradient[self.rows[name]].double() - right
+            found[name] = float("inf") if wrong is None else float(wrong.norm() / right.norm())
+        return found
+
+
+def sample(inputs: Inputs, n: int) -> Sample:
+    """The loss of all tokens of ``inputs`` and ``n`` rows of each gradient, block of tokens by block of tokens."""
+    device, per_token = inputs.labels.device, "hidden" if inputs.case.linear else "student"
+    counting = torch.arange(inputs.case.n, device=device) if inputs.keep is None else inputs.keep
+    rows = {per_token: counting[_spread(counting.shape[0], n).to(device)]}
+    gradients = {per_token: []}
+    if "weight" in inputs.leaves():
+        rows["weight"] = _spread(inputs.case.v, n).to(device)
+        gradients["weight"] = torch.zeros(len(rows["weight"]), inputs.case.h, dtype=torch.float64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    for block in counting.split(max(1, BLOCK_BYTES // (8 * inputs.case.v))):
+        part = truth(inputs.rows(block))
+        share = block.shape[0] / counting.shape[0]
+        loss += share * part.loss
+        mine = torch.isin(block, rows[per_token])
+        if bool(mine.any()):
+            gradients[per_token].append(share * part.rows(mine))
+        if "weight" in rows:
+            gradients["weight"] += share * part.dlogits[:, rows["weight"]].t() @ part.inputs.hidden.detach().double()
+    return Sample(loss, rows, {**gradients, per_token: torch.cat(gradients[per_token])})
+
+
+def _spread(of: int, n: int) -> Tensor:
+    """``n`` indices, or all there are, from the first to the last."""
+    return torch.linspace(0, of - 1, min(n, of), dtype=torch.float64).round().long().unique()
 
 
 def truth(inputs: Inputs) -> Truth:

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Case
+from benchmarks.inputs import Inputs
 from benchmarks.peers.peer import Loss, Peer, needs_gpu
 
 
 def fused_linear_jsd(case: Case) -> Loss:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-    module = LigerFusedLinearJSD(jsd_beta=case.beta)
-    return lambda i: module(i.hidden, i.weight, i.teacher_hidden, i.teacher_weight, i.labels)
+    return _from_hidden(LigerFusedLinearJSD(jsd_beta=case.beta))
 
 
 def chunked_jsd(case: Case) -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=case.beta)
-    return lambda i: module(i.hidden, i.weight, i.teacher_hidden, i.teacher_weight, i.labels)
+    return _from_hidden(LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=case.beta))
+
+
+def _from_hidden(module: Callable[..., Tensor]) -> Loss:
+    """On the tokens that count: the module masks by label, but projects every token it is given."""
+
+    def run(i: Inputs) -> Tensor:
+        hidden, teacher, labels = i.counting(i.hidden, i.teacher_hidden, i.labels)
+        return module(hidden, i.weight, teacher, i.teacher_weight, labels)
+
+    return run
 
 
 def jsd(case: Case) -> Loss:
@@ -28,7 +39,12 @@ def jsd(case: Case) -> Loss:
     from liger_kernel.transformers.jsd import LigerJSD
 
     module = LigerJSD(beta=case.beta)
-    return lambda i: module(_log_p(i.student), _log_p(i.teacher), i.labels)
+
+    def run(i: Inputs) -> Tensor:
+        student, teacher, labels = i.counting(i.student, i.teacher, i.labels)
+        return module(_log_p(student), _log_p(teacher), labels)
+
+    return run
 
 
 def kl_div(case: Case) -> Loss:
@@ -39,7 +55,7 @@ def kl_div(case: Case) -> Loss:
 
 
 def _log_p(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits.float(), dim=-1)
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
 def _no_softcap(case: Case, device: torch.device) -> str | None:

@@ -25,7 +25,7 @@ def build(case: Case, **options: Any) -> Loss:
     both = {"student_softcap": case.softcap, "teacher_softcap": case.softcap, "beta": case.beta}
     student = {"student_softcap": case.softcap, "beta": case.beta}
     one = {"softcap": case.softcap}
-    common = {"backend": backend(), "validate": False, **options}
+    common = {"backend": backend(), **options}
 
     def logits(i: Inputs) -> Tensor:
         return caop_fast.distillation_loss(i.student, i.teacher, i.labels, **both, **common).loss
@@ -82,7 +82,7 @@ def build_rows(case: Case) -> Loss:
         hidden, teacher, labels = i.counting(i.hidden, i.teacher_hidden, i.labels)
         out = caop_fast.linear_distillation_rows(
             hidden, i.weight, teacher, i.teacher_weight, labels, student_softcap=case.softcap,
-            teacher_softcap=case.softcap, beta=case.beta, backend=backend(), validate=False,
+            teacher_softcap=case.softcap, beta=case.beta, backend=backend(),
         )  # fmt: skip
         return out.divergence.mean()
 
@@ -94,9 +94,9 @@ def traffic(case: Case, rows: int) -> int | None:
     width = getattr(torch, case.dtype).itemsize
     if case.suite == "logits":
         reads = 2 if case.beta in (0.0, 1.0) else 3
-        return (2 * reads + 1) * rows * case.v * width
+        return (2 * reads * rows + case.n) * case.v * width
     if case.suite == "tokens":
-        return 3 * rows * case.v * width
+        return (2 * rows + case.n) * case.v * width
     return None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
+import time
 
 import interpreted
 import pytest
+import torch
 
 from benchmarks import cases, command, records, run
 
@@ -87,7 +90,6 @@ def test_a_failed_check_fails_the_command(tmp_path, monkeypatch, capsys):
         return right(student + 0.03 * (student - student.detach()), *arguments, **options)
 
     monkeypatch.setattr(caop_fast, "distillation_loss", wrong)
-    monkeypatch.setitem(run.WRONG, "float32", 0.02)
     arguments = ["--out", str(tmp_path), *QUICKLY, "--suites", "logits", "--impls", "caop_fast", "plain"]
     code = command.main([*arguments, "--correctness-minutes", "1"], device="cpu", selection="tiny", minutes=5)
     assert code == 1
@@ -107,16 +109,36 @@ def test_a_dead_device_goes_on_in_a_new_process(tmp_path, monkeypatch):
 
     monkeypatch.setattr("benchmarks.campaign.record", dies)
     monkeypatch.setattr(os, "execv", lambda program, arguments: begun.append(arguments) or sys.exit(7))
-    monkeypatch.delenv(command.DEADLINE, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     arguments = ["--out", str(tmp_path), *QUICKLY, "--suites", "logits", "--impls", "plain", "--fresh"]
     with pytest.raises(SystemExit) as stopped:
         command.main([*arguments, "--correctness-minutes", "0"], device="cuda", selection="tiny", minutes=5)
     assert stopped.value.code == 7
     assert begun[0][1:3] == ["-m", "benchmarks.gpu"]
-    assert "--fresh" not in begun[0], "it would begin again and again"
-    assert float(os.environ.pop(command.DEADLINE)) > 0
     (path,) = tmp_path.glob("*.json")
     assert [r.status for r in records.load(path).records] == ["crashed"]
+    assert os.environ[command.RESULT] == str(path), "--fresh would begin again and again"
+    assert float(os.environ[command.DEADLINE]) > 0
+    again = command.open_results(tmp_path, torch.device("cpu"), fresh=True)
+    assert again.path == path
+    assert again.done()
+
+
+def test_a_process_that_ended_in_a_check_does_not_begin_it_again(tmp_path):
+    results = command.open_results(tmp_path, torch.device("cpu"), fresh=False)
+    results.header["correctness_begun"] = True
+    options = argparse.Namespace(correctness_minutes=1, kernel_tests=None)
+    assert command.check(results, torch.device("cpu"), options, time.monotonic() + 60) == 1
+    assert "ended during" in records.load(results.path).header["correctness"]["failures"][0]
+
+
+def test_a_check_that_kills_the_device_is_not_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "alive", lambda device: False)
+    results = command.open_results(tmp_path, torch.device("cpu"), fresh=False)
+    options = argparse.Namespace(correctness_minutes=0.001, kernel_tests=None)
+    with pytest.raises(run.Dead):
+        command.check(results, torch.device("cpu"), options, time.monotonic())
+    assert records.load(results.path).header["correctness"]["skipped"] > 0
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
