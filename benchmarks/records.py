@@ -161,7 +161,7 @@ def load(path: Path) -> Results:
         raise ValueError(f"{path} is not a results file: {error}") from error
 
 
-def header(device: torch.device, command: list[str] | None = None) -> dict[str, Any]:
+def header(device: torch.device) -> dict[str, Any]:
     """Where and with what this process measures."""
     name = device_name(device)
     return {
@@ -182,7 +182,7 @@ def header(device: torch.device, command: list[str] | None = None) -> dict[str, 
         "sources": sources(),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("CAOP_COMMIT"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "command": " ".join(command if command is not None else [Path(sys.executable).name, *sys.argv]),
+        "command": _command(),
     }
 
 
@@ -227,6 +227,15 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _command() -> str:
+    """As it would be typed in the project's folder: where that lies on this machine is nobody's business."""
+    program = Path(sys.argv[0])
+    if program.is_absolute() and program.is_relative_to(ROOT):
+        module = ".".join(program.relative_to(ROOT).with_suffix("").parts)
+        return " ".join(["python -m", module, *sys.argv[1:]])
+    return " ".join([program.name, *sys.argv[1:]])
 
 
 def _git(*arguments: str) -> str | None:

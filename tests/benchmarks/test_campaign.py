@@ -287,6 +287,11 @@ def test_where_a_run_goes_on(tmp_path, monkeypatch):
     assert command.open_results(tmp_path, CPU, fresh=False).path.stem == f"{first.path.stem}-2"
 
 
+def test_the_command_names_no_folder_of_this_machine(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(records.ROOT / "benchmarks" / "cpu.py"), "--minutes", "3"])
+    assert records.header(CPU)["command"] == "python -m benchmarks.cpu --minutes 3"
+
+
 @pytest.mark.parametrize("selection", cases.SELECTIONS)
 def test_selections(selection):
     found = cases.SELECTIONS[selection]()
