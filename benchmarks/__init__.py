@@ -7,8 +7,8 @@
     python -m benchmarks.report            RESULTS.md and its plots from the records in results/
 
 ``cases`` says what is measured, ``peers/`` by what, ``truth`` what is right, ``floors`` what is possible, ``measure``
-how, ``run`` does one contender on one case, ``campaign`` a list of them, ``step`` a whole training step, and
-``records`` what is kept.
+how, ``run`` does one contender on one case, ``campaign`` a list of them, ``step`` a whole training step,
+``supervise`` goes on behind a process that died, and ``records`` says what is kept.
 """
 
 from __future__ import annotations

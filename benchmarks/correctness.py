@@ -6,7 +6,7 @@ import itertools
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from benchmarks.checks.trial import SIZES, Setting, Trial
 from benchmarks.measure import alive
 
 OUT_OF_TIME = "the time ran out"
+DEAD = "the device is dead since"
+UNREACHED = (OUT_OF_TIME, DEAD)  # how the reasons begin that say nothing of a check
 LINES = 4  # of a traceback that are kept
 
 # Most important first.
@@ -46,6 +48,8 @@ def check_losses(
     *,
     sizes: Literal["small", "full"],
     deadline: float | None,
+    decided: Container[str] = (),
+    begin: Callable[[str], None] | None = None,
     report: Report | None = None,
 ) -> list[Check]:
     """Check every loss on ``device``.
@@ -55,6 +59,8 @@ def check_losses(
         backend: "torch" or "triton".
         sizes: "small" for Triton's interpreter and CPUs, "full" for a GPU.
         deadline: ``time.monotonic()`` from which nothing new is begun; None for none.
+        decided: names of checks that are left out.
+        begin: called with the name of each check before it is run.
         report: called with each check as soon as it is known.
 
     Returns:
@@ -64,14 +70,18 @@ def check_losses(
     found: list[Check] = []
     over: str | None = None  # why nothing more is run
     for trial in trials(sizes):
+        if trial.name in decided:
+            continue
         if over is None and deadline is not None and time.monotonic() >= deadline:
             over = OUT_OF_TIME
         if over is not None:
             check = Check(trial.name, "skipped", over)
         else:
+            if begin is not None:
+                begin(trial.name)
             check, killed = _run(trial, setting)
             if killed:
-                over = f"the device is dead since {trial.name}"
+                over = f"{DEAD} {trial.name}"
         found.append(check)
         if report is not None:
             report(check)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ FOLDER = ROOT / "tests" / "kernels" / "device"
 FIRST = ("test_kernel_rows", "test_kernel_gradient", "test_kernel_mixture", "test_kernel_topk", "test_kernel_tokens")
 PROCESSES = 6  # no more are begun when one after another dies
 DEAD = ("CUDA error", "HIP error", "[CUDA]", "[HIP]", "AcceleratorError")  # in a failure: nothing works in that process
+NOTHING_LEFT = 5  # pytest's exit code where all tests were left out
+HUNG = 120.0  # seconds after which a test that the deadline ends has failed: compiling takes a part of that
 GRACE = 60.0  # seconds a process may take to end after its last word
 
 
@@ -37,6 +39,7 @@ def check_kernels(
     *,
     only: str | None,
     deadline: float | None,
+    decided: Collection[str] = (),
     report: Report | None = None,
     folder: Path = FOLDER,
 ) -> list[Check]:
@@ -46,13 +49,14 @@ def check_kernels(
         device: a GPU's type, or the CPU.
         only: take the test files whose name holds this; None for all.
         deadline: ``time.monotonic()`` at which the tests are stopped; None for none.
+        decided: names of tests that are left out.
         report: called with each check as soon as it is known.
         folder: where the tests lie.
 
     Returns:
         One check a test, those that were not reached skipped with the reason.
     """
-    run = _Run(report)
+    run = _Run(report, frozenset(decided))
     if not folder.is_dir():
         run.add("kernel tests", "skipped", f"{folder} is not there: installed without the tests")
         return run.checks
@@ -68,6 +72,8 @@ def check_kernels(
             break
     else:
         run.rest("too many processes died")
+    if run.decided:
+        return run.checks
     if not run.checks:
         run.add("kernel tests", "failed", "no test was found")
     elif all(check.outcome == "skipped" and check.detail != OUT_OF_TIME for check in run.checks):
@@ -89,9 +95,11 @@ class _Run:
     """What is known of the tests: checks, names that were collected, and the one that is running."""
 
     report: Report | None
+    decided: frozenset[str]
     checks: list[Check] = field(default_factory=list)
     collected: list[str] = field(default_factory=list)
     running: str | None = None
+    since: float = 0.0  # time.monotonic() when it began
 
     def add(self, name: str, outcome: Any, detail: str) -> None:
         """A failed teardown takes the place of the test that had passed."""
@@ -117,7 +125,7 @@ class _Run:
         if kind == "collected":
             self.collected += [name for name in event["tests"] if name not in self.collected]
         elif kind == "started":
-            self.running = event["test"]
+            self.running, self.since = event["test"], time.monotonic()
         elif kind == "broken":
             self.add(event["test"], "failed", f"cannot be collected: {event['detail']}")
         else:
@@ -136,7 +144,7 @@ def _process(run: _Run, files: list[Path], environment: dict[str, str], deadline
         os.fdopen(reader),
     ):
         done = Path(scratch, "done")
-        done.write_text("\n".join(check.name for check in run.checks), encoding="utf-8")
+        done.write_text("\n".join([*run.decided, *(check.name for check in run.checks)]), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "benchmarks.kernel_reports"]
         process = subprocess.Popen(
             [*command, "-o", "addopts=", "--tb=short", "--continue-on-collection-errors", *map(str, files)],
@@ -162,7 +170,10 @@ def _process(run: _Run, files: list[Path], environment: dict[str, str], deadline
         out.seek(0)
         said = out.read().decode(errors="replace").strip().splitlines()[-3:]
     if late:
-        run.running = None
+        name, run.running = run.running, None
+        lasted = time.monotonic() - run.since
+        if name is not None and lasted > HUNG:
+            run.add(name, "failed", f"it was still running after {lasted:.0f} s")
         if not run.collected:
             run.add("kernel tests", "skipped", OUT_OF_TIME)
         run.rest(OUT_OF_TIME)
@@ -173,7 +184,8 @@ def _process(run: _Run, files: list[Path], environment: dict[str, str], deadline
         name, run.running = run.running, None
         run.add(name, "failed", f"the process died with code {process.returncode}: {' | '.join(said)}"[:1000])
         return True
-    if process.returncode not in (0, 1) and not any(check.outcome == "failed" for check in run.checks):
+    fine = (0, 1, NOTHING_LEFT) if run.decided else (0, 1)
+    if process.returncode not in fine and not any(check.outcome == "failed" for check in run.checks):
         run.add("kernel tests", "failed", f"pytest ended with code {process.returncode}: {' | '.join(said)}"[:1000])
     run.rest("the process ended before it")
     return False

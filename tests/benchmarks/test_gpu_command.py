@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import subprocess
 import sys
 import time
@@ -12,7 +10,8 @@ import interpreted
 import pytest
 import torch
 
-from benchmarks import cases, command, records, run
+from benchmarks import cases, command, records, run, supervise
+from benchmarks.supervise import Lifeline
 
 pytestmark = pytest.mark.slow
 QUICKLY = ("--device", "cpu", "--selection", "tiny", "--seconds", "0.01", "--rounds", "3", "--minutes", "8")
@@ -79,6 +78,11 @@ def test_the_report_refuses_the_interpreter_s_times(finished):
     assert "interpret" in done.stderr
 
 
+def options(folder, *arguments):
+    told = ["--out", str(folder), *QUICKLY, "--suites", "logits", "--impls", "plain", "--correctness-minutes", "0"]
+    return command.parser("cpu", "tiny", 5.0).parse_args([*told, *arguments])
+
+
 def test_a_failed_check_fails_the_command(tmp_path, monkeypatch, capsys):
     """And its name is in the results; the contender itself is held to float64 once more and not timed."""
     import caop_fast
@@ -90,8 +94,8 @@ def test_a_failed_check_fails_the_command(tmp_path, monkeypatch, capsys):
         return right(student + 0.03 * (student - student.detach()), *arguments, **options)
 
     monkeypatch.setattr(caop_fast, "distillation_loss", wrong)
-    arguments = ["--out", str(tmp_path), *QUICKLY, "--suites", "logits", "--impls", "caop_fast", "plain"]
-    code = command.main([*arguments, "--correctness-minutes", "1"], device="cpu", selection="tiny", minutes=5)
+    told = options(tmp_path, "--impls", "caop_fast", "plain", "--correctness-minutes", "1")
+    code = command.work(told, time.time() + 300, Lifeline())
     assert code == 1
     assert "FAILED" in capsys.readouterr().err
     (path,) = tmp_path.glob("*.json")
@@ -101,44 +105,55 @@ def test_a_failed_check_fails_the_command(tmp_path, monkeypatch, capsys):
     assert {r.status for r in results.records if r.impl == "plain"} == {"ok"}
 
 
-def test_a_dead_device_goes_on_in_a_new_process(tmp_path, monkeypatch):
-    begun = []
-
+def test_a_dead_device_is_told_and_its_results_are_kept(tmp_path, monkeypatch):
     def dies(bench, peer, **options):
         raise run.Dead("illegal memory access")
 
     monkeypatch.setattr("benchmarks.campaign.record", dies)
-    monkeypatch.setattr(os, "execv", lambda program, arguments: begun.append(arguments) or sys.exit(7))
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    arguments = ["--out", str(tmp_path), *QUICKLY, "--suites", "logits", "--impls", "plain", "--fresh"]
-    with pytest.raises(SystemExit) as stopped:
-        command.main([*arguments, "--correctness-minutes", "0"], device="cuda", selection="tiny", minutes=5)
-    assert stopped.value.code == 7
-    assert begun[0][1:3] == ["-m", "benchmarks.gpu"]
+    assert command.work(options(tmp_path, "--fresh"), time.time() + 60, Lifeline()) == supervise.AGAIN
     (path,) = tmp_path.glob("*.json")
     assert [r.status for r in records.load(path).records] == ["crashed"]
-    assert os.environ[command.RESULT] == str(path), "--fresh would begin again and again"
-    assert float(os.environ[command.DEADLINE]) > 0
+    monkeypatch.setenv(supervise.RESULT, str(path))
     again = command.open_results(tmp_path, torch.device("cpu"), fresh=True)
-    assert again.path == path
+    assert again.path == path, "--fresh would begin again and again"
     assert again.done()
 
 
-def test_a_process_that_ended_in_a_check_does_not_begin_it_again(tmp_path):
-    results = command.open_results(tmp_path, torch.device("cpu"), fresh=False)
-    results.header["correctness_begun"] = True
-    options = argparse.Namespace(correctness_minutes=1, kernel_tests=None)
-    assert command.check(results, torch.device("cpu"), options, time.monotonic() + 60) == 1
-    assert "ended during" in records.load(results.path).header["correctness"]["failures"][0]
+HANGS = """
+import sys, time
+from pathlib import Path
+from benchmarks import campaign, command
+right, flag = campaign.record, Path(__file__).with_suffix(".hung")
+
+def record(bench, peer, **options):
+    if peer.name == "plain" and not flag.exists():
+        flag.touch()
+        time.sleep(600)
+    return right(bench, peer, **options)
+
+campaign.record = record
+sys.exit(command.main(None, device="cpu", selection="tiny", minutes=5.0))
+"""
 
 
-def test_a_check_that_kills_the_device_is_not_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "alive", lambda device: False)
-    results = command.open_results(tmp_path, torch.device("cpu"), fresh=False)
-    options = argparse.Namespace(correctness_minutes=0.001, kernel_tests=None)
-    with pytest.raises(run.Dead):
-        command.check(results, torch.device("cpu"), options, time.monotonic())
-    assert records.load(results.path).header["correctness"]["skipped"] > 0
+def test_a_contender_that_never_returns_costs_its_record(tmp_path, monkeypatch):
+    (tmp_path / "hangs.py").write_text(HANGS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = ["--out", str(tmp_path), *QUICKLY, "--suites", "topk", "--impls", "caop_fast", "plain"]
+    arguments += ["--correctness-minutes", "0", "--patience", "10"]
+    said = []
+    code = supervise.supervise("hangs", arguments, until=time.time() + 300, say=said.append)
+    assert code == 0, said
+    assert len(said) == 1
+    assert "nothing for 10 s" in said[0]
+    (path,) = tmp_path.glob("*.json")
+    results = records.load(path)
+    expected = {(c.name, i) for c in cases.tiny() if c.suite == "topk" for i in ("caop_fast", "plain")}
+    assert {(r.case, r.impl) for r in results.records} == expected
+    (lost,) = [r for r in results.records if r.status != "ok"]
+    assert (lost.impl, lost.status) == ("plain", "crashed")
+    assert "nothing for 10 s" in lost.reason
+    assert results.header["finished"]
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,109 @@
+"""Whatever becomes of a worker, the run goes on behind it, and ends when a worker ended by itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import supervise  # noqa: E402
+
+# Each worker leaves a line of what it was told; ``number`` counts them from 1.
+WORKER = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from benchmarks.supervise import Lifeline
+
+log = Path({log!r})
+before = log.read_text().splitlines() if log.exists() else []
+number = len(before) + 1
+told = [os.environ.get(f"CAOP_BENCH_{{name}}", "") for name in ("DEADLINE", "RESULT", "ENDED")]
+log.write_text("\\n".join([*before, "|".join(told + sys.argv[1:])]))
+lifeline = Lifeline.of_environment()
+lifeline.results(Path("results-of-the-run.json"))
+lifeline.begin("a contender", 1.0)
+{body}
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(supervise, "MOST_WORKERS", 3)
+    said = []
+
+    def run(body: str) -> tuple[int, list[str], list[list[str]]]:
+        """Exit code, what was said, and what each worker was told."""
+        log = tmp_path / "log"
+        (tmp_path / "worker.py").write_text(WORKER.format(log=str(log), body=body))
+        code = supervise.supervise("worker", ["--fresh"], until=12.5, say=said.append)
+        return code, said, [line.split("|") for line in log.read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_a_worker_that_ended_is_the_end(run, code):
+    assert run(f"sys.exit({code})") == (code, [], [["12.5", "", "", "--fresh"]])
+
+
+@pytest.mark.parametrize(
+    ("death", "why"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("os.abort()", "SIGABRT"),
+        ("os._exit(9)", "exit code 9"),
+        ("sys.exit(75)", "the device was dead"),
+        ("time.sleep(100)", "a contender: nothing for 1 s"),
+    ],
+)
+def test_another_goes_on_with_the_results(run, death, why):
+    started = time.monotonic()
+    code, said, told = run(f"if number == 1: {death}")
+    assert time.monotonic() - started < 60
+    assert code == 0
+    assert len(said) == 1
+    assert why in said[0]
+    (_, *first), (until, *second) = told
+    assert first == ["", "", "--fresh"]
+    assert until == "12.5", "no worker has more time than the run"
+    assert second[0] == "results-of-the-run.json"
+    assert why in second[1]
+
+
+def test_words_keep_a_worker_alive(run):
+    assert run("for _ in range(6): lifeline.begin('more', 1.0), time.sleep(0.4)")[:2] == (0, [])
+
+
+def test_it_gives_up(run):
+    code, said, told = run("os._exit(9)")
+    assert code == 2
+    assert len(told) == 3
+    assert "3 processes died" in said[-1]
+
+
+def test_a_child_that_holds_the_pipe_does_not_hold_the_run(run, monkeypatch):
+    """As compilers' pools of forked processes do."""
+    started = time.monotonic()
+    code, said, _ = run("if os.fork() == 0: time.sleep(30), os._exit(0)\nlifeline.begin('the end', 25.0)")
+    assert (code, said) == (0, [])
+    assert time.monotonic() - started < 20
+
+
+def test_a_worker_notices_that_nobody_listens():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        supervise.Lifeline(writer).begin("anything", 1.0)
+
+
+def test_without_a_supervisor_nobody_is_told(monkeypatch):
+    monkeypatch.delenv(supervise.PIPE, raising=False)
+    supervise.Lifeline.of_environment().begin("anything", 1.0)
