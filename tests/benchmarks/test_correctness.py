@@ -189,6 +189,21 @@ def test_a_statistic_wrong_by_a_thousandth_fails(monkeypatch, function):
             assert sum(bool(failure(trial)) for trial in of(function)) >= 2, field
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.5])
+@pytest.mark.parametrize("function", ["distillation_loss", "linear_distillation_loss"])
+def test_a_wrong_divergence_of_near_models_fails(monkeypatch, function, factor):
+    """It is as small as the error of plain PyTorch in float32."""
+
+    def change(original, arguments, options):
+        found = original(*arguments, **options)
+        return found._replace(divergence=factor * found.divergence)
+
+    replaced(monkeypatch, function, change)
+    near = [t for t in of(function) if "logits near" in t.name]
+    assert len(near) >= 2
+    assert [t.name for t in near if not failure(t)] == []
+
+
 LABELLED = ("distillation_loss", "linear_distillation_loss", "linear_distillation_rows", "topk_distillation_loss")
 
 
