@@ -137,6 +137,9 @@ def _targets() -> Iterator[Case]:
 
 def _axes() -> Iterator[Case]:
     for suite in ("linear", "logits"):
+        for n in SIZES:
+            yield case(suite, "Qwen3-8B", n)
+    for suite in ("linear", "logits"):
         for beta in (0.5, 1.0):
             yield case(suite, "Qwen3-8B", 8192, beta=beta)
     yield case("linear", "Qwen3-8B", 8192, masked=MASKED)
@@ -145,10 +148,6 @@ def _axes() -> Iterator[Case]:
     for model in HEADS:  # at one N, so V and H vary
         yield case("linear", model, 8192)
     yield replace(case("linear", "Llama-3-8B", 8192), model="Llama-2-7B", v=LLAMA_2.vocab)
-    for n in SIZES:
-        yield case("linear", "Qwen3-8B", n)
-    for n in SIZES:
-        yield case("logits", "Qwen3-8B", n)
     yield case("linear", "Qwen3-8B", 8192, dtype="float32")
     yield case("logits", "Qwen3-8B", 8192, dtype="float32")
     for n in SIZES:

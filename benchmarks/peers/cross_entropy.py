@@ -1,4 +1,8 @@
-"""Cross-entropies of one model: Apple's cut-cross-entropy from hidden states, flash-attn's Triton kernel on logits."""
+"""Cross-entropies of one model: cut-cross-entropy from hidden states, flash-attn's Triton kernel on logits.
+
+``cut-cross-entropy`` is the package of that name on PyPI (25.1.1 at the time of writing); Apple's repository goes on
+and asks to be installed from git: the header of a run says which version was measured, not whose.
+"""
 
 from __future__ import annotations
 

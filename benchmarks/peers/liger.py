@@ -71,8 +71,10 @@ def _forward_kl(case: Case, device: torch.device) -> str | None:
 
 
 PEERS = (
-    Peer("liger-fused-linear-jsd", ("linear",), fused_linear_jsd, refuses=_kernel, package="liger_kernel"),
-    Peer("liger-chunked-jsd", ("linear",), chunked_jsd, refuses=_no_softcap, package="liger_kernel"),
+    Peer(
+        "liger-fused-linear-jsd", ("linear",), fused_linear_jsd, rounding=True, refuses=_kernel, package="liger_kernel"
+    ),
+    Peer("liger-chunked-jsd", ("linear",), chunked_jsd, refuses=_no_softcap, package="liger_kernel", rounding=True),
     Peer("liger-jsd", ("logits",), jsd, refuses=_kernel, package="liger_kernel"),
     Peer("liger-kl-div", ("logits",), kl_div, refuses=_forward_kl, package="liger_kernel"),
 )

@@ -13,6 +13,11 @@ from benchmarks.inputs import Inputs
 from benchmarks.peers.peer import Loss, Peer, interpreted
 
 STATISTICS = "loss, both log-probabilities, both entropies"
+GIVES = {
+    **dict.fromkeys(("linear", "logits", "topk"), STATISTICS),
+    "confidence": "loss, expected value, variance, mass outside",
+    "tokens": "log-probability, entropy, log-sum-exp",
+}
 
 
 def backend() -> str:
@@ -105,7 +110,7 @@ PEERS = (
         "caop_fast",
         ("logits", "linear", "topk", "linear-topk", "confidence", "linear-confidence", "tokens", "linear-tokens"),
         build,
-        gives=STATISTICS,
+        gives=GIVES,
         traffic=traffic,
     ),
     Peer("caop_fast-min", ("linear",), lambda case: build(case, memory="min"), gives=STATISTICS),
@@ -115,6 +120,7 @@ PEERS = (
         ("linear",),
         lambda case: build(case, logits_dtype=torch.bfloat16),
         gives=STATISTICS,
+        rounding=True,
         refuses=lambda case, device: None if case.dtype == "bfloat16" else "for bfloat16 heads",
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,8 @@ class Peer:
         name: in tables.
         suites: those it has a loss for.
         build: the loss of a case, through the implementation's own public API with its defaults.
-        gives: what a call returns beside the gradient.
+        gives: what a call returns beside the gradient, or that by the kind of suite ("tokens" for "linear-tokens" too).
+        rounding: it rounds the logits of bfloat16 heads to bfloat16.
         refuses: why it cannot do a case on a device, or None.
         package: import name of what must be installed.
         traffic: bytes it is known to read and write for a case's ``rows`` that count.
@@ -41,10 +42,18 @@ class Peer:
     name: str
     suites: tuple[str, ...]
     build: Callable[[Case], Loss]
-    gives: str = "loss"
+    gives: str | Mapping[str, str] = "loss"
+    rounding: bool = False
     refuses: Callable[[Case, torch.device], str | None] = no_refusal
     package: str | None = None
     traffic: Callable[[Case, int], int | None] = no_traffic
+
+    def gives_for(self, case: Case) -> str:
+        return self.gives if isinstance(self.gives, str) else self.gives[case.suite.removeprefix("linear-")]
+
+    def rounds(self, case: Case) -> bool:
+        """Whether logits are rounded to bfloat16 before they are compared with a near model's."""
+        return self.rounding and case.dtype == "bfloat16" and case.suite in ("linear", "linear-topk")
 
     def refusal(self, case: Case, device: torch.device) -> str | None:
         """Why ``case`` is not measured with it on ``device``; None when it is."""

@@ -22,14 +22,18 @@ def linear_distillation(
     student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, labels: Tensor
 ) -> tuple[Tensor, ...]:
     """The same from hidden states and heads."""
-    with torch.no_grad():
-        teacher_logits = teacher_hidden @ teacher_weight.t()
-    return distillation(student_hidden @ student_weight.t(), teacher_logits, labels)
+
+    @torch.no_grad()
+    def theirs() -> Tensor:
+        return (teacher_hidden @ teacher_weight.t()).float()
+
+    return divergence((student_hidden @ student_weight.t()).float(), theirs(), labels, 0.0)  # no name holds logits
 
 
 def divergence(student: Tensor, teacher: Tensor, labels: Tensor, beta: float) -> tuple[Tensor, ...]:
     """Of float32 logits: the mean divergence, and per token what ``distillation`` gives."""
-    student, teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    student = F.log_softmax(student, dim=-1)  # one after the other: the logits are let go in between
+    teacher = F.log_softmax(teacher, dim=-1)
     per_token = between(student, teacher, beta)
     column = labels.unsqueeze(-1)
     student_logprob = student.gather(-1, column).squeeze(-1)
@@ -88,6 +92,7 @@ def score(logits: Tensor, ids: Tensor, values: Tensor, target: Tensor) -> tuple[
 def tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean negative log-probability of the labels, and the entropies."""
     log_p = F.log_softmax(logits, dim=-1)
+    del logits
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1)
     return -log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(), entropy
@@ -113,33 +118,39 @@ def build(case: Case, *, compiled: bool = False) -> Loss:
             return capped(i.counting(i.student)[0], case.softcap)
         return capped(i.counting(i.hidden)[0] @ i.weight.t(), case.softcap)
 
-    def dense(i: Inputs) -> tuple[Tensor, ...]:
+    def teacher_logits(i: Inputs) -> Tensor:
         with torch.no_grad():
-            if case.linear:
-                teacher = capped(i.counting(i.teacher_hidden)[0] @ i.teacher_weight.t(), case.softcap)
-            else:
-                teacher = capped(i.counting(i.teacher)[0], case.softcap)
-        return divergence(student_logits(i), teacher, *i.counting(i.labels), case.beta)
+            if not case.linear:
+                return capped(i.counting(i.teacher)[0], case.softcap)
+            return capped(i.counting(i.teacher_hidden)[0] @ i.teacher_weight.t(), case.softcap)
+
+    def dense(i: Inputs) -> tuple[Tensor, ...]:
+        (labels,) = i.counting(i.labels)  # a starred argument, or a name for the logits, would hold them
+        return divergence(student_logits(i), teacher_logits(i), labels, case.beta)
 
     def listed(i: Inputs) -> tuple[Tensor, ...]:
-        return sparse(student_logits(i), *i.counting(i.teacher_ids, i.teacher_logprobs, i.labels), case.beta)
+        ids, logprobs, labels = i.counting(i.teacher_ids, i.teacher_logprobs, i.labels)
+        return sparse(student_logits(i), ids, logprobs, labels, case.beta)
 
     def confidence(i: Inputs) -> tuple[Tensor, ...]:
         return score(student_logits(i), i.candidate_ids, i.candidate_values, i.target)
 
     def one_model(i: Inputs) -> tuple[Tensor, ...]:
-        return tokens(student_logits(i), *i.counting(i.labels))
+        (labels,) = i.counting(i.labels)
+        return tokens(student_logits(i), labels)
 
     kind = case.suite.removeprefix("linear-")
     return first({"topk": listed, "confidence": confidence, "tokens": one_model}.get(kind, dense), compiled)
 
 
+GIVES = {
+    **dict.fromkeys(("linear", "logits"), "loss, both log-probabilities, both entropies"),
+    "topk": "loss, log-probability, entropy",
+    "confidence": "loss, expected value, variance, mass outside",
+    "tokens": "log-probability, entropy",
+}
+
 PEERS = (
-    Peer("plain", SUITES, build, gives="loss, log-probabilities, entropies"),
-    Peer(
-        "plain-compiled",
-        SUITES,
-        lambda case: build(case, compiled=True),
-        gives="loss, log-probabilities, entropies",
-    ),
+    Peer("plain", SUITES, build, gives=GIVES, rounding=True),
+    Peer("plain-compiled", SUITES, lambda case: build(case, compiled=True), gives=GIVES, rounding=True),
 )

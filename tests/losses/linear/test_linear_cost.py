@@ -240,7 +240,7 @@ def steps() -> dict[str, Callable[[], None]]:
 @pytest.mark.slow
 def test_an_eighth_of_the_memory_of_plain_pytorch(steps):
     peaks = {name: peak_bytes(run) for name, run in steps.items()}
-    assert peaks["plain"] > 6 * 4 * 1024 * 151936, "the yardstick must hold several tensors of N*V"
+    assert peaks["plain"] > 4 * 4 * 1024 * 151936, "the yardstick must hold several tensors of N*V"
     assert peaks["ours"] <= peaks["plain"] / 8, peaks
 
 
