@@ -27,8 +27,7 @@ class Timing:
 
     def quantile(self, share: float) -> float:
         """By position, without interpolation: a time that was measured."""
-        ordered = sorted(self.rounds)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        return sorted(self.rounds)[round(share * (len(self.rounds) - 1))]
 
 
 def timing(
@@ -99,6 +98,8 @@ def alive(device: torch.device) -> bool:
     """Whether the device still works in this process: after an illegal access nothing does, whatever its message."""
     try:
         return torch.ones(2, device=device).sum().item() == 2
+    except torch.OutOfMemoryError:
+        return True
     except RuntimeError:
         return False
 

@@ -169,6 +169,7 @@ def header(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": name,
         "device_type": device.type,
+        "device_id": _device_id(device),
         "driver": _driver() if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
@@ -244,6 +245,12 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def _device_id(device: torch.device) -> str | None:
+    """Tells this GPU from others of its kind, and nobody which one it is."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
+    return None if uuid is None else hashlib.sha256(str(uuid).encode()).hexdigest()[:12]
 
 
 def _driver() -> str | None:

@@ -21,7 +21,7 @@ from benchmarks import growth, plots, sections
 from benchmarks.fits import chosen, sweeps
 from benchmarks.groups import SUITES, by, groups
 from benchmarks.records import RESULTS, Results, load
-from benchmarks.tables import cut, escape, listed, number, plural, table
+from benchmarks.tables import cut, escape, listed, number, over, plural, spread_of, table
 from benchmarks.targets import targets
 
 PLOTS = "plots"
@@ -33,8 +33,8 @@ INTRODUCTION = """\
 Written by `python -m benchmarks.report` from the records in `{folder}/`; `python -m benchmarks.report --check` fails if
 a figure in it is any other than the records give. Newest first.
 
-- **time**: median of a forward and backward, in ms; in brackets the 20 % and 80 % quantiles, or the ratio to that of
-  `caop_fast` (2x: takes twice as long).
+- **time**: median of a forward and backward, in ms; in brackets the 20 % and 80 % quantiles (of 3 rounds: the extremes)
+  and the number of rounds, or the ratio to that of `caop_fast` (2x: takes twice as long).
 - **floor**: the least the work can take, measured in the same run. "gemms": the bare matrix products; "copy": each
   input read once and each gradient written once, at the rate of a large copy. Share of floor is floor over time.
 - **memory**: most bytes held at one time beyond the inputs; gradients of the inputs count. MB is 1e6 bytes, GB is 1e9.
@@ -128,6 +128,7 @@ def header(results: Results) -> list[str]:
     python = [f"python {escape(head['python'])}"] if head.get("python") else []
     lines += [f"- versions: {listed([*python, *versions])}"] if python or versions else []
     lines += _ceilings(head.get("ceilings")) + _correctness(head.get("correctness"))
+    lines += _drift(results)
     if head.get("finished") is False:
         lines.append("- the time ran out before everything was measured")
     return [*lines, ""]
@@ -144,7 +145,24 @@ def _ceilings(ceilings: dict[str, Any] | None) -> list[str]:
     words = [f"copy {number(ceilings['copy_gbps'])} GB/s"] if ceilings.get("copy_gbps") is not None else []
     products = ceilings.get("gemm_tflops") or {}
     words += [f"GEMM {escape(k)} {number(v)} TFLOP/s" for k, v in sorted(products.items()) if v is not None]
-    return [f"- measured ceilings: {listed(words)}"] if words else []
+    lines = [f"- measured ceilings: {listed(words)}"] if words else []
+    narrow = ceilings.get("gemm_to_float32")
+    if narrow:
+        words = [f"{escape(name)} {'yes' if there else 'no'}" for name, there in narrow.items()]
+        lines.append(f"- products of bfloat16 to float32, without which caop_fast makes another pass: {listed(words)}")
+    return lines
+
+
+def _drift(results: Results) -> list[str]:
+    """What became of the first contender's time and of the floor while the others of a case ran."""
+    lines = []
+    for what, first, later in (("caop_fast", "time_ms", "again_ms"), ("the floor", "floor_ms", "floor_again_ms")):
+        known = ((r.extra.get(later), getattr(r, first)) for r in results.records)
+        ratios = [ratio for again, before in known if (ratio := over(again, before)) is not None]
+        lines += [f"{what} {spread_of(ratios)}"] if ratios else []
+    if not lines:
+        return []
+    return [f"- order: behind all other contenders of a case, over the first time of it: {listed(lines)}"]
 
 
 def _correctness(found: dict[str, Any] | None) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from statistics import median
 
 from benchmarks.groups import OURS, Group, by, dtype_order, impl_order, impls, largest_common, reference, setting, shape
 from benchmarks.records import Record
@@ -20,6 +19,7 @@ from benchmarks.tables import (
     percent,
     size,
     spread,
+    spread_of,
     table,
     times,
 )
@@ -71,17 +71,11 @@ def overview(found: Sequence[Group]) -> list[str]:
             errors = [error(max(losses, default=None)), error(max(gradients, default=None))]
             gives = next((r.gives for r, _ in pairs if r.gives), None)
             what = NOTHING if gives is None else escape(gives)
-            rows.append([escape(impl), dtype or NOTHING, what, listed(fate), _range(ratios), _range(memory), *errors])
+            rows.append(
+                [escape(impl), dtype or NOTHING, what, listed(fate), spread_of(ratios), spread_of(memory), *errors]
+            )
     headers = ["implementation", "dtype", "gives", "cases", "time over caop_fast's", "memory over caop_fast's"]
     return table([*headers, "largest loss error", "largest gradient error"], rows, left=4)
-
-
-def _range(ratios: Sequence[float]) -> str:
-    if not ratios:
-        return NOTHING
-    if len(ratios) == 1:
-        return times(ratios[0])
-    return f"{times(median(ratios))} ({number(min(ratios))}–{number(max(ratios))})"
 
 
 def parts(found: Sequence[Group]) -> list[list[Group]]:
@@ -196,7 +190,7 @@ def detail(group: Group) -> list[str]:
         rate = number(r.tflops if unit == "TFLOP/s" else r.gbps)
         own = ours if ours is not None and r.impl != OURS else None
         row = [
-            spread(r.time_ms, r.time_low_ms, r.time_high_ms) if r.status == "ok" else r.status,
+            spread(r.time_ms, r.time_low_ms, r.time_high_ms, r.rounds) if r.status == "ok" else r.status,
             times(over(r.time_ms, own.time_ms)) if own else NOTHING,
             percent(over(r.floor_ms, r.time_ms)),
             rate,
@@ -264,7 +258,7 @@ def _step_row(record: Record, names: Sequence[str], ours: float | None) -> list[
         cells.append(number(split.get(name)) + (f" ({percent(part)})" if part is not None else ""))
     relative = NOTHING if record.impl == OURS else times(over(speed, ours))
     after = number(record.extra.get("tokens_per_s_without_rollout"), 4)
-    time = spread(record.time_ms, record.time_low_ms, record.time_high_ms)
+    time = spread(record.time_ms, record.time_low_ms, record.time_high_ms, record.rounds)
     errors = [error(record.loss_error), error(record.grad_error)]
     return [escape(record.impl), number(speed, 4), relative, after, time, *cells, size(record.peak_bytes), *errors]
 

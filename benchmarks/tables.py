@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -74,11 +75,20 @@ def over(value: float | None, other: float | None) -> float | None:
     return None if value is None or not other else value / other
 
 
-def spread(middle: float | None, low: float | None, high: float | None) -> str:
-    """A median and its range: "12.3 (12.1–12.9)"."""
+def spread(middle: float | None, low: float | None, high: float | None, rounds: int) -> str:
+    """A median, its range, and of how many rounds: "12.3 (12.1–12.9; 50)"."""
     if middle is None or low is None or high is None:
         return number(middle)
-    return f"{number(middle)} ({number(low)}–{number(high)})"
+    return f"{number(middle)} ({number(low)}–{number(high)}; {rounds})"
+
+
+def spread_of(ratios: Sequence[float]) -> str:
+    """Median, least and greatest of some ratios: "1.5x (1.2–2.1)"."""
+    if not ratios:
+        return NOTHING
+    if len(ratios) == 1:
+        return times(ratios[0])
+    return f"{times(statistics.median(ratios))} ({number(min(ratios))}–{number(max(ratios))})"
 
 
 def listed(words: Iterable[str], most: int | None = None) -> str:

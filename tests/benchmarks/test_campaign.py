@@ -14,23 +14,24 @@ import torch
 
 from benchmarks import bench as bench_module
 from benchmarks import campaign as module
-from benchmarks import cases, command, floors, measure, peers, records, run
+from benchmarks import cases, command, floors, measure, peers, records, run, step
 from benchmarks.peers.peer import Peer
 
 CPU = torch.device("cpu")
 LOGITS = cases.small("logits", 80, 64, 8)
 LINEAR = cases.small("linear", 80, 64, 8, masked=0.4)
+BF16_LOGITS, BF16_LINEAR = (cases.small(suite, 80, 64, 8, "bfloat16") for suite in ("logits", "linear"))
 NAMES = ("caop_fast", "plain")
 
 
 @pytest.fixture
 def contender(monkeypatch):
-    """Put a contender of one's own beside ours, built from plain PyTorch: ``change(loss, inputs)`` is its loss."""
+    """Put a contender of one's own beside the others, built from ours: ``change(loss, inputs)`` is its loss."""
 
-    def add(change, suites=("logits",), **options):
+    def add(change, suites=("logits", "linear"), **options):
         def build(case):
-            plain = peers.plain.build(case)
-            return lambda i: change(plain, i)
+            right = peers.ours.build(case)
+            return lambda i: change(right, i)
 
         made = Peer("other", suites, build, **options)
         monkeypatch.setattr(peers, "ALL", (*peers.ALL, made))
@@ -90,6 +91,7 @@ WRONG = {
     "gradient": lambda loss, i: loss(i) + 0.05 * (loss(i) - loss(i).detach()),
     "loss": lambda loss, i: loss(i) + 2 * loss(i).detach(),
     "nan": lambda loss, i: loss(i) * math.nan,
+    "half the gradient": lambda loss, i: 0.5 * (loss(i) + loss(i).detach()),
     "all tokens": lambda loss, i: loss(i) + 0.05 * (loss(i) - loss(i).detach()) * float(i.case.n == LOGITS.n),
 }
 
@@ -106,16 +108,33 @@ class NoUpstream(torch.autograd.Function):
         return torch.ones_like(upstream)
 
 
+@pytest.mark.parametrize("case", [LOGITS, BF16_LOGITS, BF16_LINEAR], ids=lambda c: f"{c.suite} {c.dtype}")
 @pytest.mark.parametrize("name", [*WRONG, "upstream"])
-def test_what_is_wrong_is_not_timed(tmp_path, contender, name):
+def test_what_is_wrong_is_not_timed(tmp_path, contender, name, case):
     contender((lambda loss, i: NoUpstream.apply(loss(i))) if name == "upstream" else WRONG[name])
     ours = start(tmp_path, impls=("other",))
-    ours.run([LOGITS])
+    ours.run([case])
     found = the(ours.results, "other")
     assert found.status == "wrong", found
     assert found.time_ms is None
     assert ("full size" in found.reason) == (name == "all tokens")
     records.load(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda loss, i: NoUpstream.apply(loss(i)), lambda loss, i: loss(i) + 9 * (loss(i) - loss(i).detach())],
+    ids=["upstream", "gradient"],
+)
+def test_rounded_logits_excuse_their_rounding_only(tmp_path, contender, change):
+    contender(lambda loss, i: loss(i), rounding=True)
+    ours = start(tmp_path, impls=("other",))
+    ours.run([BF16_LINEAR])
+    assert the(ours.results, "other").status == "ok"
+    contender(change, rounding=True)
+    ours.results.records.clear()
+    ours.run([BF16_LINEAR])
+    assert the(ours.results, "other").status == "wrong"
 
 
 def test_what_lacks_a_gradient_is_wrong(tmp_path, contender):
@@ -175,6 +194,61 @@ def test_nothing_is_begun_after_the_deadline(tmp_path):
     assert ours.results.records == []
 
 
+def goes_on(results, *, ended=None):
+    """Another process with the same results."""
+    chosen, until = ("other", *NAMES), time.monotonic() + 60
+    return module.Campaign(results, CPU, until, 0.01, 3, chosen, say=lambda text: None, ended=ended)
+
+
+def test_what_was_stopped_from_outside_runs_again_but_once(tmp_path):
+    key = ("logits", LOGITS.name, "caop_fast")
+    start(tmp_path)._mark(key)  # a time limit kills everything
+    again = goes_on(records.load(tmp_path / "a.json"))
+    again._mark(key)
+    third = goes_on(records.load(tmp_path / "a.json"))
+    assert the(third.results, "caop_fast").status == "crashed"
+    start(tmp_path)._mark(key)
+    again = goes_on(records.load(tmp_path / "a.json"))
+    assert again.run([LOGITS])
+    assert the(again.results, "caop_fast").status == "ok"
+
+
+def test_the_first_is_timed_once_more_behind_the_others(tmp_path):
+    ours = start(tmp_path)
+    ours.run([LOGITS, LINEAR])
+    for record in ours.results.records:
+        known = {name: record.extra.get(name) for name in ("again_ms", "floor_again_ms")}
+        assert all(v > 0 for v in known.values()) if record.impl == "caop_fast" else not any(known.values())
+
+
+def test_a_device_that_dies_in_a_step_is_not_another_contender_s(tmp_path, monkeypatch):
+    case = step.SELECTIONS["tiny"][0]
+
+    def dying(case, device, impls):
+        yield step.blank(case, impls[0], "crashed", "illegal memory access")
+        raise run.Dead("illegal memory access")
+
+    monkeypatch.setattr(module.step, "records", dying)
+    ours = start(tmp_path, impls=None)
+    with pytest.raises(run.Dead, match="illegal"):
+        ours.run([case])
+    assert [(r.impl, r.status) for r in ours.results.records] == [("caop_fast", "crashed")]
+    assert "running" not in ours.results.header
+
+
+def test_a_full_memory_is_no_dead_device(tmp_path, contender, monkeypatch):
+    monkeypatch.setattr(run, "dead", lambda error: True)
+    monkeypatch.setattr(module, "dead", lambda error: True)
+    contender(raising(torch.OutOfMemoryError("CUDA out of memory")))
+    ours = start(tmp_path, impls=("other",))
+    assert ours.run([LOGITS])
+    assert the(ours.results, "other").status == "oom"
+    monkeypatch.setattr(bench_module, "make", raising(torch.OutOfMemoryError("no")))
+    ours.results.records.clear()
+    assert ours.run([LOGITS])
+    assert the(ours.results, "other").status == "oom"
+
+
 def test_a_run_is_resumed_and_a_crash_is_told(tmp_path, contender):
     first = start(tmp_path, impls=("plain",))
     first.run([LOGITS])
@@ -182,11 +256,12 @@ def test_a_run_is_resumed_and_a_crash_is_told(tmp_path, contender):
     calls = []
     contender(lambda loss, i: calls.append(1) or loss(i))
     found = records.load(tmp_path / "a.json")
-    again = module.Campaign(found, CPU, time.monotonic() + 60, 0.01, 3, ("other", *NAMES), say=lambda text: None)
+    again = goes_on(found, ended="it died of SIGSEGV")
     before = the(again.results, "plain")
     assert again.run([LOGITS])
     assert the(again.results, "plain") == before
     assert the(again.results, "caop_fast").status == "crashed"
+    assert "SIGSEGV" in the(again.results, "caop_fast").reason
     assert the(again.results, "other").status == "ok"
     assert "running" not in json.loads((tmp_path / "a.json").read_text())["header"]
 
@@ -229,11 +304,12 @@ class Poison(torch.autograd.Function):
         return torch.full((LINEAR.v, LINEAR.h), math.nan)
 
 
-def test_many_shapes_are_compiled_each_for_itself(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_many_shapes_are_compiled_each_for_itself(tmp_path):
     """A compiler that goes on from shape to shape turns to dynamic shapes and then, silently, to eager code."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     ours = start(tmp_path, impls=("plain-compiled",))
-    ours.run([cases.small("logits", 70 + n, 32 + n, 8) for n in range(4)])
+    with torch._dynamo.config.patch(recompile_limit=2):  # monkeypatch would delete the option at the end
+        ours.run([cases.small("logits", 70 + n, 32 + n, 8) for n in range(4)])
     assert [r.status for r in ours.results.records] == ["ok"] * 4, [r.reason for r in ours.results.records]
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from report_records import cells, good, linear, logits, rendered, save, tables
+from report_records import cells, good, linear, logits, rendered, results, save, tables
 
 from benchmarks import plots, report, sections
 from benchmarks.groups import groups, largest_common, reference
@@ -83,7 +83,7 @@ class TestSections:
         )
         head, first, second = tables(text + "\n")[0]
         assert dict(zip(head[2:6], first[2:6], strict=True)) == {
-            "time, ms": "10.0 (9.90–10.4)",
+            "time, ms": "10.0 (9.90–10.4; 50)",
             "over caop_fast's": "–",
             "share of floor": "80 %",
             "TFLOP/s": "300",
@@ -91,7 +91,7 @@ class TestSections:
         assert second == [
             "plain",
             "loss",
-            "20.0 (19.0–21.0)",
+            "20.0 (19.0–21.0; 50)",
             "2.00x",
             "40 %",
             "–",
@@ -211,6 +211,21 @@ class TestHeader:
         clean = rendered(linear("caop_fast"), correctness={"passed": 7, "failed": 0, "skipped": 0, "failures": []})
         assert "uncommitted" not in clean
         assert "is wrong**" not in clean
+
+    def test_what_the_order_did(self):
+        """Ours once more behind the others, and the floor with it, over what they took at first."""
+        again = [linear("caop_fast", extra={"again_ms": 10.5, "floor_again_ms": 8.2})]
+        again += [linear("caop_fast", 256, extra={"again_ms": 9.0, "floor_again_ms": 8.0}), linear("plain")]
+        text = "\n".join(report.header(results(*again)))
+        assert (
+            "order: behind all other contenders of a case, over the first time of it: "
+            "caop_fast 0.975x (0.900–1.05), the floor 1.01x (1.00–1.02)" in text
+        )
+        assert "order" not in "\n".join(report.header(results(linear("caop_fast"))))
+
+    def test_products_to_float32(self):
+        text = "\n".join(report.header(results(ceilings={"gemm_to_float32": {"mm": True, "addmm": False}})))
+        assert "mm yes, addmm no" in text
 
 
 class TestCommand:

@@ -110,6 +110,11 @@ def _adds_product(device: torch.device, operand: torch.dtype) -> bool:
     return True
 
 
+def products(device: torch.device, operand: torch.dtype) -> dict[str, bool]:
+    """Which GEMMs from ``operand`` to float32 the device has; where it has not, a linear loss makes another pass."""
+    return {"mm": _has_product(device, operand), "addmm": _adds_product(device, operand)}
+
+
 def head_blocks(head: Head) -> Iterator[tuple[slice, Tensor]]:
     """The head as its GEMMs take it: whole, or widened in blocks of rows."""
     weight = head.weight
