@@ -63,6 +63,7 @@ def work(options: argparse.Namespace, until: float, lifeline: Lifeline) -> int:
     ended = os.environ.get(ENDED)
     begin = functools.partial(lifeline.begin, seconds=options.patience)
     results = open_results(options.out, target, fresh=options.fresh)
+    results.save()  # before it is told: whoever goes on begins by reading it
     lifeline.results(results.path)
     say(f"results: {results.path}")
     try:

@@ -213,6 +213,20 @@ def test_what_was_stopped_from_outside_runs_again_but_once(tmp_path):
     assert the(again.results, "caop_fast").status == "ok"
 
 
+def test_ceilings_that_end_a_process_are_not_begun_again(tmp_path, monkeypatch):
+    def ends(what):
+        raise KeyboardInterrupt
+
+    first = start(tmp_path)
+    first.begin = ends
+    with pytest.raises(KeyboardInterrupt):
+        first.ceilings(("float32",))
+    again = goes_on(records.load(tmp_path / "a.json"))
+    again.begin = ends
+    again.ceilings(("float32",))
+    assert again.results.header["ceilings"] == {}
+
+
 def test_the_first_is_timed_once_more_behind_the_others(tmp_path):
     ours = start(tmp_path)
     ours.run([LOGITS, LINEAR])
