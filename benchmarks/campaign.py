@@ -61,17 +61,19 @@ class Campaign:
         if "ceilings" not in self.results.header:
             self.results.header["ceilings"] = {}  # a process that ends here leaves that: no other begins it again
             self.results.save()
-            self.begin("a large copy and large products")
+            found = self.results.header["ceilings"]
             try:
-                products = {dtype: self.floors.gemm_tflops(dtype) for dtype in dtypes}
-                found = {"copy_gbps": self.floors.copy_gbps, "gemm_tflops": products}
+                self.begin("a large copy")
+                found["copy_gbps"] = self.floors.copy_gbps
+                for dtype in dtypes:
+                    self.begin(f"a large product in {dtype}")
+                    found.setdefault("gemm_tflops", {})[dtype] = self.floors.gemm_tflops(dtype)
                 if self.device.type == "cuda":
                     found["gemm_to_float32"] = narrow_products(self.device, torch.bfloat16)
             except RuntimeError as error:
-                if dead(error):
+                if not out_of_memory(error) and dead(error):
                     raise Dead(last_line(error)) from error
-                raise
-            self.results.header["ceilings"] = found
+                self.say(f"ceilings: {last_line(error)}")
             self.results.save()
 
     def _case(self, case: Case) -> bool:
@@ -88,7 +90,7 @@ class Campaign:
             return True
         if time.monotonic() > self.deadline:
             return False
-        self._mark((case.suite, case.name, able[0].name))
+        self._mark((case.suite, case.name, *(p.name for p in able)))  # what ends the process here is met by all
         bench = self._bench(case, able)
         if bench is None:
             return True
@@ -150,8 +152,8 @@ class Campaign:
         self.results.add(found)
         self.say(str(found))
 
-    def _mark(self, key: tuple[str, str, str]) -> None:
-        """Leave a note of what runs: a process that dies leaves it behind."""
+    def _mark(self, key: tuple[str, ...]) -> None:
+        """Leave a note of what runs (suite, case, contenders): a process that dies leaves it behind."""
         self.results.header["running"] = list(key)
         self.results.save()
         self.begin(" ".join(key))
@@ -160,13 +162,15 @@ class Campaign:
         """What was running has crashed; if all was stopped from outside for the first time, it runs again."""
         header = self.results.header
         key = header.pop("running", None)
-        if key is None or tuple(key) in self.results.done():
+        if key is None:
             return
         stopped = header.setdefault("interrupted", [])
         if self.ended is None and key not in stopped:
             stopped.append(key)
             self.results.save()
         else:
-            suite, case, impl = key
+            suite, case, *impls = key
             reason = "the process ended while it ran" + (f": {self.ended}" if self.ended else "")
-            self.results.add(Record(suite, case, impl, status="crashed", reason=reason))
+            for impl in impls:
+                if (suite, case, impl) not in self.results.done():
+                    self.results.add(Record(suite, case, impl, status="crashed", reason=reason))

@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from benchmarks.campaign import Campaign, Job
 from benchmarks.records import RESULTS, Results, file_name, header, load
 from benchmarks.run import Dead
 from benchmarks.stage import Stage
-from benchmarks.supervise import AGAIN, DEADLINE, ENDED, PIPE, RESULT, Lifeline, supervise
+from benchmarks.supervise import AGAIN, BROKEN, DEADLINE, ENDED, PIPE, RESULT, Lifeline, supervise
 
 TARGETS, SWEEPS = 7, 15  # the first cases of a GPU's selection, and those with the sweeps over N behind them
 STEPS = 2  # training steps between the two; the others come behind
@@ -35,8 +36,11 @@ def parser(device: str, selection: str, minutes: float) -> argparse.ArgumentPars
     made.add_argument("--rounds", type=int, default=50, help="most timed rounds for each contender")
     made.add_argument("--correctness-minutes", type=float, help="of them for correctness; a third unless told; 0: none")
     made.add_argument("--kernel-tests", metavar="TEXT", help="only kernel tests whose file name holds TEXT")
-    patience = 180.0 if device == "cuda" else 900.0
-    made.add_argument("--patience", type=float, default=patience, help="seconds after which a contender is given up")
+    made.add_argument(
+        "--patience",
+        type=float,
+        help="seconds after which a contender is given up (180 on a GPU, 900 on a CPU)",
+    )
     made.add_argument("--fresh", action="store_true", help="do not resume: begin another file")
     return made
 
@@ -46,8 +50,14 @@ def main(argv: list[str] | None, *, device: str, selection: str, minutes: float)
     options = parser(device, selection, minutes).parse_args(argv)
     if options.correctness_minutes is None:
         options.correctness_minutes = options.minutes / 3
+    if options.patience is None:
+        options.patience = 180.0 if options.device == "cuda" else 900.0
     if PIPE in os.environ:
-        return work(options, float(os.environ[DEADLINE]), Lifeline.of_environment())
+        try:
+            return work(options, float(os.environ[DEADLINE]), Lifeline.of_environment())
+        except Exception:  # Python's own exit code would be that of a failed check
+            traceback.print_exc()
+            return BROKEN
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA or ROCm device is visible to PyTorch; --device cpu runs the same on a CPU", file=sys.stderr)
         return 2
@@ -67,6 +77,9 @@ def work(options: argparse.Namespace, until: float, lifeline: Lifeline) -> int:
     lifeline.results(results.path)
     say(f"results: {results.path}")
     try:
+        campaign = Campaign(
+            results, target, deadline, options.seconds, options.rounds, options.impls, say, begin, ended
+        )
         failed = Stage(
             results,
             target,
@@ -77,9 +90,6 @@ def work(options: argparse.Namespace, until: float, lifeline: Lifeline) -> int:
             ended,
             options.kernel_tests,
         ).run()
-        campaign = Campaign(
-            results, target, deadline, options.seconds, options.rounds, options.impls, say, begin, ended
-        )
         campaign.ceilings(("bfloat16", "float32"))
         finished = campaign.run(jobs(options.selection, options.suites))
     except Dead as error:
@@ -111,7 +121,10 @@ def open_results(folder: Path, device: torch.device, *, fresh: bool) -> Results:
         return load(Path(os.environ[RESULT]))
     found = header(device)
     same = ("device", "device_id", "driver", "cuda", "sources", "interpreted", "versions", "float32_matmul_precision")
-    same += ("tf32_override",)
+    same += (
+        "tf32_override",
+        "cpu_capability",
+    )
     path = folder / file_name(found)
     earlier = [] if fresh else [run for run in map(_loaded, folder.glob("*.json")) if run is not None]
     for run in sorted(earlier, key=lambda run: run.header["date"], reverse=True):

@@ -176,6 +176,7 @@ def header(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "interpreted": os.environ.get("TRITON_INTERPRET", "0") == "1",
         "versions": {name: _version(name) for name in VERSIONS},
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

@@ -123,6 +123,8 @@ def header(results: Results) -> list[str]:
         "commit": _commit(head),
         "command": head.get("command"),
         "threads": head.get("threads"),
+        "instructions": head.get("cpu_capability") if head.get("device_type") == "cpu" else None,
+        "note": head.get("note"),  # written by hand, where something is known of a run that its code did not know
     }
     lines = [f"- {name}: {escape(value)}" for name, value in rows.items() if value not in (None, "")]
     python = [f"python {escape(head['python'])}"] if head.get("python") else []

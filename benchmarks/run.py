@@ -14,10 +14,9 @@ import torch._dynamo
 from benchmarks import measure
 from benchmarks.bench import Bench, Errors
 from benchmarks.cases import Case
-from benchmarks.peers.peer import Peer
+from benchmarks.peers.peer import WRONG, Peer
 from benchmarks.records import Record
 
-WRONG = 0.02  # relative error of loss or gradient from which a contender is not timed
 ROUNDED = (0.15, 0.8)  # of loss and gradient, where logits are rounded to bfloat16: near models differ by as much
 
 
@@ -63,7 +62,7 @@ class Examined:
 
 def examine(bench: Bench, peer: Peer) -> Examined:
     """Hold ``peer`` to float64 and measure its memory; ``Wrong`` where it may not be timed."""
-    highest_loss, highest = ROUNDED if peer.rounds(bench.case) else (WRONG, WRONG)
+    highest_loss, highest = ROUNDED if peer.rounds(bench.case) else (peer.limit, peer.limit)
     fresh_compiler()
     errors = bench.errors(peer.build(bench.case))
     if not (errors.loss <= highest_loss and errors.gradient <= highest):

@@ -6,6 +6,7 @@ worker goes on with the results that the first one left.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -20,8 +21,9 @@ from typing import Any
 # What a worker is told: descriptor of the pipe, unix time of the end, results to go on with, why the last one ended.
 PIPE, DEADLINE, RESULT, ENDED = "CAOP_BENCH_PIPE", "CAOP_BENCH_DEADLINE", "CAOP_BENCH_RESULT", "CAOP_BENCH_ENDED"
 MOST_WORKERS = 25
-AGAIN = 75  # exit code of a worker whose device is dead; 0, 1 and 2 are those of a run that ended
+AGAIN, BROKEN = 75, 70  # exit codes of a worker whose device is dead, or that raised; a run that ended has 0, 1 or 2
 POLL = 2.0  # seconds
+LEAVE = 10.0  # seconds for a worker that was stopped
 START = 300.0  # seconds for the imports of a worker
 ROOT = Path(__file__).parents[1]
 
@@ -61,14 +63,15 @@ def supervise(module: str, arguments: Sequence[str], *, until: float, say: Calla
         say: called with a line for each worker that did not end by itself.
 
     Returns:
-        The exit code of the last worker; 2 where one after another died.
+        The exit code of the last worker; 2 where ``MOST_WORKERS`` died, 130 where the run was stopped.
     """
     told = {DEADLINE: str(until)}
+    signal.signal(signal.SIGTERM, _stop)
     for _ in range(MOST_WORKERS):
         try:
             code, ended = _work(module, arguments, told)
         except KeyboardInterrupt:
-            say("interrupted; run it again and it goes on")
+            say("stopped; run it again and it goes on")
             return 130
         if ended is None:
             return code
@@ -91,6 +94,12 @@ def _work(module: str, arguments: Sequence[str], told: dict[str, str]) -> tuple[
     try:
         late = _listen(reader, worker, told)
         code = worker.wait(START) if late is None else None
+    except KeyboardInterrupt as stopped:  # the worker ends the tests it runs in a session of their own
+        if stopped.args:  # only this process was told
+            worker.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.wait(LEAVE)
+        raise
     except subprocess.TimeoutExpired:
         late, code = "the process did not end after its last word", None
     finally:
@@ -105,6 +114,10 @@ def _work(module: str, arguments: Sequence[str], told: dict[str, str]) -> tuple[
     if code not in (0, 1, 2):
         return code, f"the process died: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
     return code, None
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _listen(reader: int, worker: subprocess.Popen, told: dict[str, str]) -> str | None:

@@ -25,7 +25,7 @@ FACTOR = 4.0  # times the error of plain PyTorch
 ULPS = 8 * 2.0**-23  # of float32, in which everything is computed: approximate exponentials are off by 2
 SUBNORMAL = {torch.float16: 2.0**-25}  # half a step where float16 runs out of exponents
 BLUNT = 0.009
-DIVERGENCES, DIVERGENCE = ("loss", "divergence"), 0.25  # of itself, at most: 3 % is seen in the interpreter
+DIVERGENCES, DIVERGENCE = ("loss", "divergence"), 0.25  # of itself at most, and two steps of float32 at 1
 PHASES = (1.75, -0.625, 0.4375, 1.125)  # of what flows into the outputs: none is 1
 
 Defined = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
@@ -104,7 +104,7 @@ def compare_values(name: str, got: Tensor, true: Tensor, plain: Tensor) -> None:
     # Logarithms of probabilities are of order 1 and more.
     allowed = FACTOR * (plain - true).abs().amax() + ULPS * true.abs().clamp(min=1)
     if name in DIVERGENCES:  # of near models they are as small as plain PyTorch's error, and the kernels know better
-        allowed = torch.minimum(allowed, DIVERGENCE * true.abs())
+        allowed = torch.minimum(allowed, DIVERGENCE * true.abs() + 2 * 2.0**-23)
     _demand(name, (got - true).abs(), torch.where((true == 0) & (plain == 0), 0.0, allowed), true)
 
 

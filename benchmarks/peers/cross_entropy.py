@@ -39,6 +39,7 @@ def _flash(case: Case, device) -> str | None:
 
 
 PEERS = (
-    Peer("cut-cross-entropy", ("linear-tokens",), cut, package="cut_cross_entropy"),
+    # It adds up gradients in bfloat16, block by block of 128 ids: near 2 % at large V and small H.
+    Peer("cut-cross-entropy", ("linear-tokens",), cut, limit=0.1, package="cut_cross_entropy"),
     Peer("flash-attn-ce", ("tokens",), flash, refuses=_flash, package="flash_attn"),
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
 
+WRONG = 0.02  # relative error of loss or gradient from which a contender is not timed, unless something is known of it
 Loss = Callable[[Inputs], Tensor]  # inputs to a scalar, the mean over the tokens that count
 
 
@@ -33,6 +34,7 @@ class Peer:
         suites: those it has a loss for.
         build: the loss of a case, through the implementation's own public API with its defaults.
         gives: what a call returns beside the gradient, or that by the kind of suite ("tokens" for "linear-tokens" too).
+        limit: relative error of loss or gradient from which it is not timed.
         rounding: it rounds the logits of bfloat16 heads to bfloat16.
         refuses: why it cannot do a case on a device, or None.
         package: import name of what must be installed.
@@ -43,6 +45,7 @@ class Peer:
     suites: tuple[str, ...]
     build: Callable[[Case], Loss]
     gives: str | Mapping[str, str] = "loss"
+    limit: float = WRONG
     rounding: bool = False
     refuses: Callable[[Case, torch.device], str | None] = no_refusal
     package: str | None = None

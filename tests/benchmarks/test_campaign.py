@@ -144,6 +144,13 @@ def test_what_lacks_a_gradient_is_wrong(tmp_path, contender):
     assert the(ours.results, "other").status == "wrong"
 
 
+def raising_method(error):
+    def method(self):
+        raise error
+
+    return method
+
+
 def raising(error):
     def change(loss, i):
         raise error
@@ -211,6 +218,25 @@ def test_what_was_stopped_from_outside_runs_again_but_once(tmp_path):
     again = goes_on(records.load(tmp_path / "a.json"))
     assert again.run([LOGITS])
     assert the(again.results, "caop_fast").status == "ok"
+
+
+def test_inputs_that_end_a_process_are_met_by_all(tmp_path, monkeypatch):
+    class Ended(BaseException):
+        pass
+
+    monkeypatch.setattr(bench_module, "make", raising(Ended()))
+    with pytest.raises(Ended):
+        start(tmp_path).run([LOGITS])
+    again = goes_on(records.load(tmp_path / "a.json"), ended="it died of SIGKILL")
+    assert {(r.impl, r.status) for r in again.results.records} == {(n, "crashed") for n in NAMES}
+
+
+def test_ceilings_that_cannot_be_had_are_no_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(floors.Floors, "gemm_tflops", lambda self, dtype: 2.0)
+    monkeypatch.setattr(floors.Floors, "_copy", raising_method(torch.OutOfMemoryError("4 GiB")))
+    ours = start(tmp_path)
+    ours.ceilings(("float32",))
+    assert ours.results.header["ceilings"] == {}
 
 
 def test_ceilings_that_end_a_process_are_not_begun_again(tmp_path, monkeypatch):

@@ -132,6 +132,7 @@ def record(bench, peer, **options):
     return right(bench, peer, **options)
 
 campaign.record = record
+campaign.Campaign.ceilings = lambda *arguments: None  # bfloat16 products take long on some CPUs
 sys.exit(command.main(None, device="cpu", selection="tiny", minutes=5.0))
 """
 
@@ -140,19 +141,19 @@ def test_a_contender_that_never_returns_costs_its_record(tmp_path, monkeypatch):
     (tmp_path / "hangs.py").write_text(HANGS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     arguments = ["--out", str(tmp_path), *QUICKLY, "--suites", "topk", "--impls", "caop_fast", "plain"]
-    arguments += ["--correctness-minutes", "0", "--patience", "30"]
+    arguments += ["--correctness-minutes", "0", "--patience", "20"]
     said = []
     code = supervise.supervise("hangs", arguments, until=time.time() + 300, say=said.append)
     assert code == 0, said
     assert len(said) == 1
-    assert "nothing for 30 s" in said[0]
+    assert "nothing for 20 s" in said[0]
     (path,) = tmp_path.glob("*.json")
     results = records.load(path)
     expected = {(c.name, i) for c in cases.tiny() if c.suite == "topk" for i in ("caop_fast", "plain")}
     assert {(r.case, r.impl) for r in results.records} == expected
     (lost,) = [r for r in results.records if r.status != "ok"]
     assert (lost.impl, lost.status) == ("plain", "crashed")
-    assert "nothing for 30 s" in lost.reason
+    assert "nothing for 20 s" in lost.reason
     assert results.header["finished"]
 
 

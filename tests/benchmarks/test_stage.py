@@ -107,6 +107,31 @@ def test_a_dead_device_is_left_to_the_next_process(run, monkeypatch):
     assert stage.CHECKS in run.header()
 
 
+def test_processes_of_one_command_share_the_time(run):
+    with pytest.raises(Killed):
+        run({}, most=0)
+    time.sleep(1.0)
+    assert run({}, seconds=0.5, ended="it hung") == ([], 1)
+    assert run.header()["correctness"]["skips"] == {correctness.OUT_OF_TIME: 2}
+    assert run({}, seconds=60.0) == (["second", "third"], 1), "the next command has time of its own"
+
+
+@pytest.mark.parametrize("outcome", ["skipped", "passed"])
+def test_kernels_of_which_nothing_ran_fail(run, monkeypatch, outcome):
+    """Although losses were checked before them."""
+    folder = Path(run.header.__closure__[0].cell_contents).parent / "kernels"
+    folder.mkdir()
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    mark = "@pytest.mark.skip(reason='no device')" if outcome == "skipped" else ""
+    (folder / "test_it.py").write_text(f"import pytest\n{mark}\ndef test_one(): pass\n")
+    monkeypatch.setattr(stage, "backend", lambda: "triton")
+    check = stage.kernel_tests.check_kernels
+    monkeypatch.setattr(stage.kernel_tests, "check_kernels", lambda *a, **k: check(*a, **k, folder=folder))
+    monkeypatch.setattr(correctness, "_run", lambda trial, setting: (correctness.Check(trial.name, "passed"), False))
+    _, failed = run({})
+    assert failed == (outcome == "skipped")
+
+
 def test_no_time_for_it(run):
     assert run({}, seconds=0.0) == ([], 0)
     assert "correctness" not in run.header()

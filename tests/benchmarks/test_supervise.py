@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,8 +29,20 @@ told = [os.environ.get(f"CAOP_BENCH_{{name}}", "") for name in ("DEADLINE", "RES
 log.write_text("\\n".join([*before, "|".join(told + sys.argv[1:])]))
 lifeline = Lifeline.of_environment()
 lifeline.results(Path("results-of-the-run.json"))
-lifeline.begin("a contender", 1.0)
+lifeline.begin("a contender", {seconds})
 {body}
+"""
+
+STOPPED = """
+import time
+from pathlib import Path
+from benchmarks.supervise import Lifeline
+Lifeline.of_environment().begin("a long check", 100.0)
+try:
+    Path({folder!r}, "begun").touch()
+    time.sleep(100)
+finally:
+    Path({folder!r}, "cleaned").touch()
 """
 
 
@@ -39,10 +52,10 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "MOST_WORKERS", 3)
     said = []
 
-    def run(body: str) -> tuple[int, list[str], list[list[str]]]:
+    def run(body: str, seconds: float = 30.0) -> tuple[int, list[str], list[list[str]]]:
         """Exit code, what was said, and what each worker was told."""
         log = tmp_path / "log"
-        (tmp_path / "worker.py").write_text(WORKER.format(log=str(log), body=body))
+        (tmp_path / "worker.py").write_text(WORKER.format(log=str(log), body=body, seconds=seconds))
         code = supervise.supervise("worker", ["--fresh"], until=12.5, say=said.append)
         return code, said, [line.split("|") for line in log.read_text().splitlines()]
 
@@ -60,13 +73,14 @@ def test_a_worker_that_ended_is_the_end(run, code):
         ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
         ("os.abort()", "SIGABRT"),
         ("os._exit(9)", "exit code 9"),
+        ("sys.exit(70)", "exit code 70"),
         ("sys.exit(75)", "the device was dead"),
-        ("time.sleep(100)", "a contender: nothing for 1 s"),
+        ("time.sleep(100)\nlifeline.begin('the rest', 30.0)", "a contender: nothing for 1 s"),
     ],
 )
 def test_another_goes_on_with_the_results(run, death, why):
     started = time.monotonic()
-    code, said, told = run(f"if number == 1: {death}")
+    code, said, told = run(f"if number == 1: {death}", 1.0 if "sleep" in death else 30.0)
     assert time.monotonic() - started < 60
     assert code == 0
     assert len(said) == 1
@@ -79,7 +93,7 @@ def test_another_goes_on_with_the_results(run, death, why):
 
 
 def test_words_keep_a_worker_alive(run):
-    assert run("for _ in range(6): lifeline.begin('more', 1.0), time.sleep(0.4)")[:2] == (0, [])
+    assert run("for _ in range(14): lifeline.begin('more', 5.0), time.sleep(0.5)")[:2] == (0, [])
 
 
 def test_it_gives_up(run):
@@ -95,6 +109,30 @@ def test_a_child_that_holds_the_pipe_does_not_hold_the_run(run, monkeypatch):
     code, said, _ = run("if os.fork() == 0: time.sleep(30), os._exit(0)\nlifeline.begin('the end', 25.0)")
     assert (code, said) == (0, [])
     assert time.monotonic() - started < 20
+
+
+def test_the_worker_is_stopped_with_the_run(tmp_path):
+    """By SIGTERM to the supervisor alone, as a job scheduler sends it; the worker cleans up behind itself."""
+    (tmp_path / "worker.py").write_text(STOPPED.format(folder=str(tmp_path)))
+    code = (
+        "from benchmarks.supervise import supervise; import sys; sys.exit(supervise('worker', [], until=1, say=print))"
+    )
+    paths = os.pathsep.join([str(ROOT), str(tmp_path)])
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE
+    )
+    try:
+        limit = time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        run.terminate()
+        out, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert b"run it again" in out
+    assert (tmp_path / "cleaned").exists()
 
 
 def test_a_worker_notices_that_nobody_listens():
