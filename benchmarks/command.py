@@ -45,13 +45,19 @@ def parser(device: str, selection: str, minutes: float) -> argparse.ArgumentPars
     return made
 
 
-def main(argv: list[str] | None, *, device: str, selection: str, minutes: float) -> int:
-    """Run; 0 when all was right, 1 when a correctness check failed, 2 when nothing could run."""
+def parsed(argv: list[str] | None, device: str, selection: str, minutes: float) -> argparse.Namespace:
+    """The options, with what follows from others."""
     options = parser(device, selection, minutes).parse_args(argv)
     if options.correctness_minutes is None:
         options.correctness_minutes = options.minutes / 3
     if options.patience is None:
         options.patience = 180.0 if options.device == "cuda" else 900.0
+    return options
+
+
+def main(argv: list[str] | None, *, device: str, selection: str, minutes: float) -> int:
+    """Run; 0 when all was right, 1 when a correctness check failed, 2 when nothing could run."""
+    options = parsed(argv, device, selection, minutes)
     if PIPE in os.environ:
         try:
             return work(options, float(os.environ[DEADLINE]), Lifeline.of_environment())

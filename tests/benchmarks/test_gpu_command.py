@@ -80,7 +80,7 @@ def test_the_report_refuses_the_interpreter_s_times(finished):
 
 def options(folder, *arguments):
     told = ["--out", str(folder), *QUICKLY, "--suites", "logits", "--impls", "plain", "--correctness-minutes", "0"]
-    return command.parser("cpu", "tiny", 5.0).parse_args([*told, *arguments])
+    return command.parsed([*told, *arguments], "cpu", "tiny", 5.0)
 
 
 def test_a_failed_check_fails_the_command(tmp_path, monkeypatch, capsys):
