@@ -71,7 +71,7 @@ def examine(bench: Bench, peer: Peer) -> Examined:
     loss = peer.build(bench.case)
     step = bench.step(loss, bench.inputs)
     full = bench.full_errors(step())
-    if not (full.loss <= highest_loss and full.gradient <= min(highest, max(WRONG / 10, 3 * errors.gradient))):
+    if not (full.loss <= highest_loss and full.gradient <= min(highest, max(WRONG / 2, 3 * errors.gradient))):
         raise Wrong(f"in the full size loss error {full.loss:.2g}, gradient error {full.gradient:.2g}")
     bench.clear()  # or their release would hide as much of what the step takes
     most = measure.peak(step, bench.device)
