@@ -54,13 +54,13 @@ class Floors:
         return 2 * side**3 / ms / 1e9
 
     def of(self, case: Case) -> Floor:
-        """The floor of a forward and backward of ``case``; masked tokens are not work."""
-        n = max(1, round(case.n * (1 - case.masked)))
+        """The floor of a forward and backward of ``case``."""
+        n = _working(case)
         return self._floor(case, n, self._gemms(case, n) if case.linear else self.copy_gbps)
 
     def again(self, case: Case) -> Floor:
         """The same as ``of``, measured once more."""
-        n = max(1, round(case.n * (1 - case.masked)))
+        n = _working(case)
         return self._floor(case, n, self._measure(case, n) if case.linear else self._copy())
 
     @staticmethod
@@ -101,6 +101,11 @@ class Floors:
                         d_weight.addmm_(z.t(), h)
 
         return timing([products], self.device, seconds=self.seconds, rounds=20).median
+
+
+def _working(case: Case) -> int:
+    """Tokens that are work: masked ones are none."""
+    return max(1, round(case.n * (1 - case.masked)))
 
 
 def logit_bytes(case: Case, n: int) -> int:

@@ -231,6 +231,20 @@ def test_inputs_that_end_a_process_are_met_by_all(tmp_path, monkeypatch):
     assert {(r.impl, r.status) for r in again.results.records} == {(n, "crashed") for n in NAMES}
 
 
+def test_a_deadline_behind_the_inputs_is_no_crash(tmp_path, monkeypatch):
+    ours = start(tmp_path)
+    right = module.Bench
+
+    def late(*arguments):
+        ours.deadline = time.monotonic() - 1
+        return right(*arguments)
+
+    monkeypatch.setattr(module, "Bench", late)
+    assert not ours.run([LOGITS])
+    ours.results.save()
+    assert "running" not in records.load(tmp_path / "a.json").header
+
+
 def test_ceilings_that_cannot_be_had_are_no_end(tmp_path, monkeypatch):
     monkeypatch.setattr(floors.Floors, "gemm_tflops", lambda self, dtype: 2.0)
     monkeypatch.setattr(floors.Floors, "_copy", raising_method(torch.OutOfMemoryError("4 GiB")))
@@ -406,70 +420,3 @@ def test_where_a_run_goes_on(tmp_path, monkeypatch):
 def test_the_command_names_no_folder_of_this_machine(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(records.ROOT / "benchmarks" / "cpu.py"), "--minutes", "3"])
     assert records.header(CPU)["command"] == "python -m benchmarks.cpu --minutes 3"
-
-
-@pytest.mark.parametrize("selection", cases.SELECTIONS)
-def test_selections(selection):
-    found = cases.SELECTIONS[selection]()
-    assert len({(c.suite, c.name) for c in found}) == len(found), "names are unique within a suite"
-    assert {c.suite for c in found} == set(cases.SUITES)
-
-
-def test_the_gpu_selection_covers_what_it_should():
-    found = cases.gpu()
-    first = found[0]
-    assert (first.suite, first.model, first.n, first.dtype, first.head_trained) == (
-        "linear",
-        "Qwen3-8B",
-        8192,
-        "bfloat16",
-        True,
-    )
-    for suite in ("linear", "logits"):
-        mine = [c for c in found if c.suite == suite and c.model in cases.HEADS]
-        seen = {(c.model, c.n, c.dtype, c.beta, c.masked, c.head_trained) for c in mine}
-        trained = (True, False) if suite == "linear" else (None,)
-        want = len(cases.HEADS) * len(cases.SIZES) * 2 * len(cases.BETAS) * 2 * len(trained)
-        assert len(seen) == want
-
-
-def test_floors():
-    found = floors.Floors(CPU, 0.01)
-    case = cases.small("linear", 64, 128, 16)
-    assert case.units == 4
-    assert found.of(case).operations == 4 * 2 * 64 * 128 * 16
-    assert found.of(dataclasses.replace(case, head_trained=False)).operations == 3 * 2 * 64 * 128 * 16
-    assert found.of(cases.small("linear-tokens", 64, 128, 16)).operations == 3 * 2 * 64 * 128 * 16
-    moved = found.of(cases.small("logits", 64, 128, 16, dtype="bfloat16", masked=0.5))
-    assert moved.bytes == (2 * 32 + 64) * 128 * 2
-    assert moved.ms == pytest.approx(moved.bytes / found.copy_gbps / 1e6)
-
-
-def test_products_of_a_floor_in_pieces(monkeypatch):
-    """A head too wide for the whole [N, V] matrix is multiplied piece by piece: the same products, timed likewise."""
-    monkeypatch.setitem(floors.PRODUCT_BYTES, "cpu", 4 * 128 * 10)
-    assert floors.Floors(CPU, 0.01).of(cases.small("linear", 64, 128, 16)).ms > 0
-
-
-def test_peak_and_allocations():
-    def call():
-        a = torch.empty(1000, dtype=torch.float32)
-        b = torch.empty(500, dtype=torch.float32)
-        del a
-        return torch.empty(2000, dtype=torch.uint8), b
-
-    found = measure.allocations(call)
-    assert (found.count, found.total, found.peak, found.largest) == (3, 8000, 6000, 4000)
-    assert measure.peak(call, CPU) == 6000
-
-
-def test_times_are_taken_in_turn():
-    seen = []
-    found = measure.timing([lambda: seen.append("a"), lambda: seen.append("b")], CPU, seconds=9.0, rounds=3, warmup=2)
-    assert len(found.rounds) == 3
-    assert seen == ["a", "b"] * 3
-    slow = measure.timing([lambda: seen.append("s") or time.sleep(0.01)], CPU, seconds=0.001, warmup=2)
-    assert len(slow.rounds) == measure.MIN_ROUNDS
-    assert seen.count("s") == 1 + measure.MIN_ROUNDS, "what is slow needs no second warm-up"
-    assert measure.Timing((5.0, 1.0, 3.0)).median == 3.0
-    assert measure.Timing((5.0, 1.0, 3.0)).quantile(0.2) == 1.0

@@ -105,6 +105,15 @@ def test_what_was_told_before_the_deadline_is_kept(tmp_path):
     assert [(c.outcome, c.detail) for c in none.values()] == [("skipped", OUT_OF_TIME)]
 
 
+def test_a_test_that_hangs_fails(tmp_path, monkeypatch):
+    """The deadline ends it; that it ran for longer than any test may is no matter of time."""
+    monkeypatch.setattr(kernel_tests, "HUNG", 1.0)
+    text = "import time\ndef test_quick(): pass\ndef test_stuck(): time.sleep(90)\ndef test_behind(): pass"
+    found = run(tmp_path, time.monotonic() + 12, test_a=text)
+    assert [check.outcome for check in found.values()] == ["passed", "failed", "skipped"]
+    assert "still running" in found["test_stuck"].detail
+
+
 def test_broken_files_and_none_at_all_fail(tmp_path):
     found = run(tmp_path, test_a="import nowhere_to_be_found", test_b="def test_fine(): pass")
     assert found["test_a.py"].outcome == "failed"
