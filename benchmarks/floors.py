@@ -78,13 +78,13 @@ class Floors:
         return self._products[key]
 
     def _measure(self, case: Case, n: int) -> float:
-        """Projections, d_hidden and d_weight as bare products, the [N, V] matrix no larger than ``PRODUCT_BYTES``."""
+        """Projections, grad_hidden and grad_weight as bare products, the [N, V] matrix no larger than ``PRODUCT_BYTES``."""
         dtype = getattr(torch, case.dtype)
         rows = min(n, max(1, PRODUCT_BYTES[self.device.type] // (case.v * dtype.itemsize)))
         hidden = torch.randn(n, case.h, device=self.device, dtype=dtype)
         weight = torch.randn(case.v, case.h, device=self.device, dtype=dtype)
         wide = torch.empty(rows, case.v, device=self.device, dtype=dtype)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         projections = 2 if case.suite == "linear" else 1
 
         def products() -> None:
@@ -93,12 +93,12 @@ class Floors:
                 z = wide[: h.shape[0]]
                 for _ in range(projections):
                     torch.mm(h, weight.t(), out=z)
-                torch.mm(z, weight, out=d_hidden[start : start + rows])
+                torch.mm(z, weight, out=grad_hidden[start : start + rows])
                 if case.head_trained:
                     if rows >= n:
-                        torch.mm(z.t(), h, out=d_weight)
+                        torch.mm(z.t(), h, out=grad_weight)
                     else:
-                        d_weight.addmm_(z.t(), h)
+                        grad_weight.addmm_(z.t(), h)
 
         return timing([products], self.device, seconds=self.seconds, rounds=20).median
 

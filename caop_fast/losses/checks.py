@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_LABEL = -100
+IGNORE_INDEX = -100
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -164,9 +164,9 @@ def check_labels(ids: Tensor | None, vocab: int) -> None:
     """Every label is -100 or in [0, vocab). Reads values."""
     if ids is None:
         return
-    bad = ((ids < 0) | (ids >= vocab)) & (ids != IGNORE_LABEL)
+    bad = ((ids < 0) | (ids >= vocab)) & (ids != IGNORE_INDEX)
     if bool(bad.any()):
-        raise ValueError(f"labels must be {IGNORE_LABEL} or in [0, {vocab}), got {int(ids[bad][0])}")
+        raise ValueError(f"labels must be {IGNORE_INDEX} or in [0, {vocab}), got {int(ids[bad][0])}")
 
 
 def row_weights(
@@ -174,7 +174,7 @@ def row_weights(
 ) -> Tensor | None:
     """Weights as ``dtype`` [N], finite and >= 0; None for all ones. Without any, the label -100 means weight 0."""
     if weights is None:
-        return None if labels is None else (labels != IGNORE_LABEL).to(dtype)
+        return None if labels is None else (labels != IGNORE_INDEX).to(dtype)
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a torch.Tensor or None, got {type(weights).__name__}")
     if weights.is_complex():

@@ -50,14 +50,14 @@ def distillation_rows(
         weights=weights,
         vocab_size=vocab,
         statistics=asked,
-        normaliser=True,
+        saved_statistics=True,
         **_scalars(options),
     )
     if options.interior:
         divergence = kernels.mixture_divergence(
             student,
             teacher,
-            found.normaliser,
+            found.saved_statistics,
             beta=options.beta,
             n_cols=vocab,
             weights=weights,
@@ -73,7 +73,7 @@ def distillation_rows(
         found.teacher_logprob,
         found.student_entropy,
         found.teacher_entropy,
-        found.normaliser,
+        found.saved_statistics,
         True,
     )
 
@@ -87,26 +87,26 @@ def state_rows(state: Tensor, labels: Tensor | None, options: Options) -> Rows:
         found.teacher_logprob,
         found.student_entropy,
         found.teacher_entropy,
-        found.normaliser,
+        found.saved_statistics,
         True,
     )
 
 
-def mixture_sums(student: Tensor, teacher: Tensor, options: Options, normaliser: Tensor) -> Tensor:
+def mixture_sums(student: Tensor, teacher: Tensor, options: Options, saved_statistics: Tensor) -> Tensor:
     """The sums [K, 2, N] of an interior divergence over some columns; those of other columns are added to them."""
     return importlib.import_module("caop_kernels").mixture_sums(
         unit_columns(student),
         unit_columns(teacher),
-        normaliser,
+        saved_statistics,
         beta=options.beta,
         n_cols=student.shape[1],
         **_scalars(options),
     )
 
 
-def finish_mixture(sums: Tensor, normaliser: Tensor, options: Options) -> Tensor:
-    """The interior divergence [N] of sums [K, 2, N]; its mean ratio goes into the normaliser."""
-    return importlib.import_module("caop_kernels").finish_mixture(sums, normaliser, beta=options.beta)
+def finish_mixture(sums: Tensor, saved_statistics: Tensor, options: Options) -> Tensor:
+    """The interior divergence [N] of sums [K, 2, N]; its mean ratio goes into the saved_statistics."""
+    return importlib.import_module("caop_kernels").finish_mixture(sums, saved_statistics, beta=options.beta)
 
 
 def distillation_gradient(
@@ -116,27 +116,27 @@ def distillation_gradient(
     weights: Tensor | None,
     options: Options,
     columns: Columns,
-    normaliser: Tensor,
+    saved_statistics: Tensor,
     student_entropy: Tensor,
     *,
     out: Tensor | None,
-    d_divergence: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
+    grad_divergence: Tensor | None,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
 ) -> Tensor:
     """Gradient [N, V_s] of the student's logits, in ``out`` (maybe the logits themselves) or a new tensor."""
     kernels = importlib.import_module("caop_kernels")
-    flows = d_divergence is not None
+    flows = grad_divergence is not None
     coefficients = kernels.distillation_coefficients(
-        normaliser,
+        saved_statistics,
         n_cols=columns.total,
         labels=labels,
         beta=options.beta,
         temperature=options.temperature,
         student_entropy=student_entropy,
-        d_divergence=d_divergence,
-        d_logprob=d_logprob,
-        d_entropy=d_entropy,
+        grad_divergence=grad_divergence,
+        grad_logprob=grad_logprob,
+        grad_entropy=grad_entropy,
     )
     return _logit_gradient(
         student,
@@ -149,8 +149,8 @@ def distillation_gradient(
         beta=options.beta if options.interior and flows else None,
         ratio=flows and (isinstance(options.beta, Tensor) or options.beta > 0),
         teacher=flows and (isinstance(options.beta, Tensor) or options.beta == 0),
-        log=d_entropy is not None,
-        label=d_logprob is not None,
+        log=grad_entropy is not None,
+        label=grad_logprob is not None,
         **_scalars(options),
     )
 
@@ -169,7 +169,7 @@ def _logit_gradient(
 def token_rows(
     logits: Tensor, labels: Tensor | None, weights: Tensor | None, temperature: float, softcap: float | None, vocab: int
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Log-probability, entropy and lse of logits [N, V] from one read, and the normaliser."""
+    """Log-probability, entropy and lse of logits [N, V] from one read, and the saved_statistics."""
     found = importlib.import_module("caop_kernels").row_statistics(
         unit_columns(logits),
         None,
@@ -178,36 +178,36 @@ def token_rows(
         temperature=temperature,
         student_softcap=softcap,
         vocab_size=vocab,
-        normaliser=True,
+        saved_statistics=True,
     )
-    return found.student_logprob, found.student_entropy, found.student_lse, found.normaliser
+    return found.student_logprob, found.student_entropy, found.student_lse, found.saved_statistics
 
 
 def token_gradient(
     logits: Tensor,
     labels: Tensor | None,
     weights: Tensor | None,
-    normaliser: Tensor,
+    saved_statistics: Tensor,
     entropy: Tensor,
     temperature: float,
     softcap: float | None,
     columns: Columns,
     *,
     out: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    d_lse: Tensor | None,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
 ) -> Tensor:
     """Gradient [N, V] of the logits, in ``out`` (maybe the logits themselves) or a new tensor."""
     coefficients = importlib.import_module("caop_kernels").distillation_coefficients(
-        normaliser,
+        saved_statistics,
         n_cols=columns.total,
         labels=labels,
         temperature=temperature,
         student_entropy=entropy,
-        d_logprob=d_logprob,
-        d_entropy=d_entropy,
-        d_lse=d_lse,
+        grad_logprob=grad_logprob,
+        grad_entropy=grad_entropy,
+        grad_lse=grad_lse,
     )
     return _logit_gradient(
         logits,
@@ -219,8 +219,8 @@ def token_gradient(
         temperature=temperature,
         student_softcap=softcap,
         vocab_size=columns.width,
-        log=d_entropy is not None,
-        label=d_logprob is not None,
+        log=grad_entropy is not None,
+        label=grad_logprob is not None,
     )
 
 
@@ -237,7 +237,7 @@ def merge_states(states: Tensor) -> Tensor:
 
 
 def finished(state: Tensor, labels: Tensor | None) -> Any:
-    """The kernels' statistics of a state [12, N], with the normaliser."""
+    """The kernels' statistics of a state [12, N], with the saved_statistics."""
     return importlib.import_module("caop_kernels").finish_state(state, labels)
 
 

@@ -19,9 +19,9 @@ from caop_fast.losses.reference.divergence import (
     RowStatistics,
     choose_divergence,
     coefficients,
+    contains_neg_inf,
     logit_gradient,
     mixture_excess,
-    needs_care,
     open_block,
     row_statistics,
     weighted_sum,
@@ -72,13 +72,13 @@ def block_statistics(
     consume: bool = False,
     slope: bool = False,
 ) -> tuple[Block, RowStatistics, bool]:
-    """The opened block of raw logits [R, V], its statistics, and ``careful``.
+    """The opened block of raw logits [R, V], its statistics, and ``has_neg_inf``.
 
     The second way through, which -inf needs, is taken on the CPU only where a block asks for it, and always elsewhere.
     """
     block, *shifts = open_block(student, teacher, options, dtype, consume=consume, slope=slope)
-    careful = needs_care(block)
-    return block, row_statistics(block, tuple(shifts), labels, options, careful=careful), careful
+    has_neg_inf = contains_neg_inf(block)
+    return block, row_statistics(block, tuple(shifts), labels, options, has_neg_inf=has_neg_inf), has_neg_inf
 
 
 def block_gradient(
@@ -87,12 +87,12 @@ def block_gradient(
     labels: Tensor | None,
     options: Options,
     *,
-    careful: bool,
+    has_neg_inf: bool,
     **upstream: Tensor | None,
 ) -> Tensor | None:
     """Gradient [R, V] for upstream gradients of divergence, logprob and entropy; None when nothing flows."""
     found = coefficients(rows, options, labels, block.student_e.shape[-1], **upstream)
-    return None if found is None else logit_gradient(block, rows, found, labels, options, careful=careful)
+    return None if found is None else logit_gradient(block, rows, found, labels, options, has_neg_inf=has_neg_inf)
 
 
 class Columns(NamedTuple):
@@ -127,9 +127,9 @@ class Rows(NamedTuple):
     teacher_logprob: Tensor | None
     student_entropy: Tensor
     teacher_entropy: Tensor
-    normaliser: Tensor
+    saved_statistics: Tensor
     """[6, N]: student_shift, teacher_shift, student_total, teacher_total, log_ratio, mean_ratio of RowStatistics."""
-    careful: bool
+    has_neg_inf: bool
 
 
 def distillation_rows(
@@ -143,9 +143,9 @@ def distillation_rows(
 ) -> Rows:
     """Statistics of logits [N, V_s] and [N, V_t]; rows of weight 0 report 0 and on the CPU are never touched."""
     live, dead = live_rows(weights)
-    found, careful = [], False
+    found, has_neg_inf = [], False
     for rows in row_blocks(student.shape[0], vocab, student.device, live):
-        _, statistics, block_careful = block_statistics(
+        _, statistics, block_has_neg_inf = block_statistics(
             student[rows, :vocab],
             teacher[rows, :vocab],
             take(labels, rows),
@@ -154,7 +154,7 @@ def distillation_rows(
             consume=isinstance(rows, Tensor),  # an index makes a copy, which is ours
         )
         found.append(statistics)
-        careful |= block_careful
+        has_neg_inf |= block_has_neg_inf
     joined = join_statistics(found)
     columns = (joined.student_shift, joined.teacher_shift, joined.student_total, joined.teacher_total)
     mean_ratio = torch.zeros_like(joined.log_ratio) if joined.mean_ratio is None else joined.mean_ratio
@@ -167,7 +167,7 @@ def distillation_rows(
         spread(joined.student_entropy, n_rows, live, dead),
         spread(joined.teacher_entropy, n_rows, live, dead),
         torch.stack([spread(column, n_rows, live, dead) for column in columns]),
-        careful,
+        has_neg_inf,
     )
 
 
@@ -177,28 +177,30 @@ def distillation_chunk(
     labels: Tensor | None,
     options: Options,
     dtype: torch.dtype,
-    d_divergence: Tensor | None,
+    grad_divergence: Tensor | None,
 ) -> RowStatistics:
-    """Statistics of logits [N, V]; given ``d_divergence`` [N], the gradient is written over the student's.
+    """Statistics of logits [N, V]; given ``grad_divergence`` [N], the gradient is written over the student's.
 
     Both come from the same exponentials. The logits are overwritten in any case.
     """
     found = []
     for rows in row_blocks(student.shape[0], student.shape[1], student.device, None):
         chosen, block_labels = take_options(options, rows), take(labels, rows)
-        block, statistics, careful = block_statistics(
+        block, statistics, has_neg_inf = block_statistics(
             student[rows],
             teacher[rows],
             block_labels,
             chosen,
             dtype,
             consume=True,
-            slope=d_divergence is not None and options.student_softcap is not None,
+            slope=grad_divergence is not None and options.student_softcap is not None,
         )
         found.append(statistics)
-        if d_divergence is not None:
-            flow = d_divergence[rows].view(-1, 1) / options.temperature
-            gradient = block_gradient(block, statistics, block_labels, chosen, careful=careful, d_divergence=flow)
+        if grad_divergence is not None:
+            flow = grad_divergence[rows].view(-1, 1) / options.temperature
+            gradient = block_gradient(
+                block, statistics, block_labels, chosen, has_neg_inf=has_neg_inf, grad_divergence=flow
+            )
             if gradient.data_ptr() != student[rows].data_ptr():
                 student[rows] = gradient
     return join_statistics(found)
@@ -213,7 +215,7 @@ def state_rows(state: Tensor, labels: Tensor | None, options: Options) -> Rows:
         found.teacher_logprob,
         found.student_entropy,
         found.teacher_entropy,
-        states.normaliser(state),
+        states.saved_statistics(state),
         True,
     )
 
@@ -223,22 +225,22 @@ def pick_divergence(beta: float | Tensor, forward: Tensor, reverse: Tensor) -> T
     return choose_divergence(beta, forward.view(-1, 1), reverse.view(-1, 1)).view(-1)
 
 
-def mixture_sums(student: Tensor, teacher: Tensor, options: Options, normaliser: Tensor) -> Tensor:
+def mixture_sums(student: Tensor, teacher: Tensor, options: Options, saved_statistics: Tensor) -> Tensor:
     """The sums [1, 2, N] of an interior divergence over some columns; those of other columns are added to them."""
     sums = []
     for rows in row_blocks(student.shape[0], student.shape[1], student.device, None):
-        known = known_statistics(normaliser[:, rows], normaliser[0, rows])
-        block, *_ = open_block(student[rows], teacher[rows], options, normaliser.dtype, known=known)
-        excess = mixture_excess(block, known.log_ratio, options, needs_care(block))
+        known = known_statistics(saved_statistics[:, rows], saved_statistics[0, rows])
+        block, *_ = open_block(student[rows], teacher[rows], options, saved_statistics.dtype, known=known)
+        excess = mixture_excess(block, known.log_ratio, options, contains_neg_inf(block))
         parts = [-weighted_sum(e, x) for e, x in zip((block.student_e, block.teacher_e), excess, strict=True)]
         sums.append(torch.cat(parts, -1).t())
     return torch.cat(sums, 1).unsqueeze(0)
 
 
-def finish_mixture(sums: Tensor, normaliser: Tensor, options: Options) -> Tensor:
-    """The interior divergence [N] of sums [K, 2, N]; its mean ratio goes into the normaliser."""
-    mean_ratio, mean_teacher = sums.sum(0) / normaliser[2:4]
-    normaliser[5] = mean_ratio
+def finish_mixture(sums: Tensor, saved_statistics: Tensor, options: Options) -> Tensor:
+    """The interior divergence [N] of sums [K, 2, N]; its mean ratio goes into the saved_statistics."""
+    mean_ratio, mean_teacher = sums.sum(0) / saved_statistics[2:4]
+    saved_statistics[5] = mean_ratio
     return (options.beta * mean_teacher + (1 - options.beta) * mean_ratio).clamp_(min=0)
 
 
@@ -249,34 +251,34 @@ def distillation_gradient(
     weights: Tensor | None,
     options: Options,
     columns: Columns,
-    normaliser: Tensor,
+    saved_statistics: Tensor,
     student_entropy: Tensor,
     *,
-    careful: bool | None = None,
+    has_neg_inf: bool | None = None,
     out: Tensor | None,
-    d_divergence: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
+    grad_divergence: Tensor | None,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
 ) -> Tensor:
     """Gradient [N, V_s] of the student's logits, in ``out`` (maybe the logits themselves) or a new tensor like them.
 
-    ``careful`` None: each block is asked.
+    ``has_neg_inf`` None: each block is asked.
     """
     live, dead = live_rows(weights)
-    upstream = {"d_divergence": d_divergence, "d_logprob": d_logprob, "d_entropy": d_entropy}
+    upstream = {"grad_divergence": grad_divergence, "grad_logprob": grad_logprob, "grad_entropy": grad_entropy}
     upstream = {k: v.view(-1, 1) / options.temperature for k, v in upstream.items() if v is not None}
     gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if out is None else out
     local = columns.local(labels)
     if live is not None:
         dead = weights == 0
     for rows in row_blocks(student.shape[0], columns.width, student.device, live):
-        known = known_statistics(normaliser[:, rows], student_entropy[rows])
+        known = known_statistics(saved_statistics[:, rows], student_entropy[rows])
         chosen = take_options(options, rows)
         block, *_ = open_block(
             student[rows, : columns.width],
             teacher[rows, : columns.width],
             chosen,
-            normaliser.dtype,
+            saved_statistics.dtype,
             known=known,
             consume=isinstance(rows, Tensor),
             slope=options.student_softcap is not None,
@@ -286,8 +288,8 @@ def distillation_gradient(
         if found is None:
             gradient[rows, : columns.width] = 0
             continue
-        care = needs_care(block) if careful is None else careful
-        part = logit_gradient(block, known, found, take(local, rows), chosen, careful=care)
+        care = contains_neg_inf(block) if has_neg_inf is None else has_neg_inf
+        part = logit_gradient(block, known, found, take(local, rows), chosen, has_neg_inf=care)
         gradient[rows, : columns.width] = part.to(gradient.dtype)
     gradient[:, columns.width :] = 0
     return gradient if dead is None else gradient.masked_fill_(dead.view(-1, 1), 0)
@@ -297,20 +299,20 @@ def token_gradient(
     logits: Tensor,
     labels: Tensor | None,
     weights: Tensor | None,
-    normaliser: Tensor,
+    saved_statistics: Tensor,
     entropy: Tensor,
     temperature: float,
     softcap: float | None,
     columns: Columns,
     *,
     out: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    d_lse: Tensor | None,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
 ) -> Tensor:
     """Gradient [N, V] of one model's logits, in ``out`` (maybe the logits themselves) or a new tensor like them."""
     live, _ = live_rows(weights)
-    upstream = {"d_logprob": d_logprob, "d_entropy": d_entropy, "d_lse": d_lse}
+    upstream = {"grad_logprob": grad_logprob, "grad_entropy": grad_entropy, "grad_lse": grad_lse}
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if out is None else out
     local = columns.local(labels)
     for rows in row_blocks(logits.shape[0], columns.width, logits.device, live):
@@ -319,8 +321,8 @@ def token_gradient(
             take(labels, rows),
             temperature,
             softcap,
-            normaliser[0, rows].view(-1, 1),
-            normaliser[1, rows].view(-1, 1),
+            saved_statistics[0, rows].view(-1, 1),
+            saved_statistics[1, rows].view(-1, 1),
             entropy[rows].view(-1, 1),
             **{k: None if v is None else v[rows].view(-1, 1) for k, v in upstream.items()},
             vocab=columns.total,
@@ -331,9 +333,9 @@ def token_gradient(
     return gradient if weights is None else gradient.masked_fill_((weights == 0).view(-1, 1), 0)
 
 
-def known_statistics(normaliser: Tensor, student_entropy: Tensor) -> RowStatistics:
+def known_statistics(saved_statistics: Tensor, student_entropy: Tensor) -> RowStatistics:
     """The statistics a gradient reads, back from ``Rows``."""
-    columns = [column.view(-1, 1) for column in normaliser]
+    columns = [column.view(-1, 1) for column in saved_statistics]
     return RowStatistics(
         student_shift=columns[0],
         teacher_shift=columns[1],

@@ -187,7 +187,7 @@ def soft_gradient_kernel(
     correct_ptr,  # [n_rows]
     weights_ptr,  # [n_rows] or None
     signs_ptr,  # [n_bins + 1], COMPUTE
-    d_error_ptr,  # [1]
+    grad_error_ptr,  # [1]
     out_ptr,  # [n_rows], the dtype of the confidence
     n_rows,
     n_bins,
@@ -208,7 +208,7 @@ def soft_gradient_kernel(
     mean = tl.sum(u * centres[None, :], axis=1)
     pull = (c - y)[:, None] * (2.0 * inverse_temperature) * (centres[None, :] - mean[:, None])
     slope = tl.sum(u * signs[None, :] * (1.0 + pull), axis=1)
-    gradient = tl.where(weight != 0, tl.load(d_error_ptr).to(COMPUTE) * weight * slope, 0.0)
+    gradient = tl.where(weight != 0, tl.load(grad_error_ptr).to(COMPUTE) * weight * slope, 0.0)
     tl.store(out_ptr + rows, gradient.to(out_ptr.dtype.element_ty), mask=rows < n_rows)
 
 
@@ -318,7 +318,7 @@ def soft_calibration_gradient(
     confidence: torch.Tensor,
     correct: torch.Tensor,
     signs: torch.Tensor,
-    d_error: torch.Tensor,
+    grad_error: torch.Tensor,
     *,
     n_bins: int,
     temperature: float,
@@ -336,7 +336,7 @@ def soft_calibration_gradient(
             correct.contiguous(),
             None if weights is None else weights.contiguous(),
             signs,
-            d_error.contiguous(),
+            grad_error.contiguous(),
             out,
             n_rows,
             n_bins,

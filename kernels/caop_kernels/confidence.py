@@ -53,7 +53,7 @@ class ConfidenceScores(NamedTuple):
     expected: torch.Tensor
     variance: torch.Tensor
     outside_mass: torch.Tensor
-    normaliser: torch.Tensor
+    saved_statistics: torch.Tensor
     """[CONFIDENCE_NORMALISER_FIELDS, N] for the gradient; [.., 0] when the source was log-probabilities."""
 
 
@@ -166,10 +166,10 @@ def load_upstream(pointer, row, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def inside_slope(d_loss, d_outside, log_inside, outside_weight):
+def inside_slope(grad_loss, grad_outside, log_inside, outside_weight):
     """h, what flows into log P. The outside mass is 0, with slope 0, where rounding takes P above 1."""
     inside = tl.where(log_inside > 0, 0.0, tl.exp(log_inside))
-    h = -(d_loss * outside_weight) - tl.where(d_outside == 0, 0.0, d_outside * inside)
+    h = -(grad_loss * outside_weight) - tl.where(grad_outside == 0, 0.0, grad_outside * inside)
     return tl.where(log_inside == log_inside, h, float("nan"))
 
 
@@ -199,7 +199,7 @@ def confidence_kernel(
     expected_ptr,
     variance_ptr,
     outside_ptr,
-    normaliser_ptr,  # [CONFIDENCE_NORMALISER_FIELDS, n_rows], or None without ids
+    saved_statistics_ptr,  # [CONFIDENCE_NORMALISER_FIELDS, n_rows], or None without ids
     source_stride,
     n_rows,
     n_cols,
@@ -280,9 +280,9 @@ def confidence_kernel(
             row_m = tl.where(live, row_m, 0.0)
             row_z = tl.where(live, row_z, 0.0)
             log_inside = tl.where(live, log_inside, 0.0)
-        tl.store(normaliser_ptr + row, row_m)
-        tl.store(normaliser_ptr + rows + row, row_z)
-        tl.store(normaliser_ptr + 2 * rows + row, log_inside)
+        tl.store(saved_statistics_ptr + row, row_m)
+        tl.store(saved_statistics_ptr + rows + row, row_z)
+        tl.store(saved_statistics_ptr + 2 * rows + row, log_inside)
 
 
 def confidence_scores(
@@ -331,9 +331,9 @@ def confidence_scores(
 
     outputs = [source.new_empty(n_rows, dtype=dtype) for _ in range(4)]
     with_ids = candidate_ids is not None
-    normaliser = source.new_empty((CONFIDENCE_NORMALISER_FIELDS, n_rows if with_ids else 0), dtype=dtype)
+    saved_statistics = source.new_empty((CONFIDENCE_NORMALISER_FIELDS, n_rows if with_ids else 0), dtype=dtype)
     if n_rows == 0:
-        return ConfidenceScores(*outputs, normaliser)
+        return ConfidenceScores(*outputs, saved_statistics)
     backend = backend_of(source.device)
     candidates = triton.next_power_of_2(candidate_values.shape[0])
     config = statistics_launch(
@@ -351,7 +351,7 @@ def confidence_scores(
             target.to(dtype).contiguous(),
             None if weights is None else weights.contiguous(),
             *outputs,
-            normaliser if with_ids else None,
+            saved_statistics if with_ids else None,
             source.stride(0),
             n_rows,
             n_cols,
@@ -371,7 +371,7 @@ def confidence_scores(
             num_warps=config.num_warps if with_ids else candidate_warps(candidates),
             num_stages=config.num_stages,
         )
-    return ConfidenceScores(*outputs, normaliser)
+    return ConfidenceScores(*outputs, saved_statistics)
 
 
 def clips(eps: float, dtype: torch.dtype) -> dict[str, float]:

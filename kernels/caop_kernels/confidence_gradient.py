@@ -51,9 +51,9 @@ def column_tile(
 def column_gradient_kernel(
     logits_ptr,  # [n_rows, >= n_cols], unit column stride
     weights_ptr,  # [n_rows], or None: rows of weight 0 are not read and get 0
-    normaliser_ptr,  # [CONFIDENCE_NORMALISER_FIELDS, n_rows]
-    d_loss_ptr,  # [n_rows] each, or None
-    d_outside_ptr,
+    saved_statistics_ptr,  # [CONFIDENCE_NORMALISER_FIELDS, n_rows]
+    grad_loss_ptr,  # [n_rows] each, or None
+    grad_outside_ptr,
     out_ptr,  # [n_rows, n_out]
     logits_stride,
     out_stride,
@@ -87,12 +87,12 @@ def column_gradient_kernel(
         live = tl.load(weights_ptr + row) != 0
     if live:
         rows = n_rows.to(tl.int64)
-        m = tl.load(normaliser_ptr + row)
-        z = tl.load(normaliser_ptr + rows + row)
+        m = tl.load(saved_statistics_ptr + row)
+        z = tl.load(saved_statistics_ptr + rows + row)
         h = inside_slope(
-            load_upstream(d_loss_ptr, row, COMPUTE),
-            load_upstream(d_outside_ptr, row, COMPUTE),
-            tl.load(normaliser_ptr + 2 * rows + row),
+            load_upstream(grad_loss_ptr, row, COMPUTE),
+            load_upstream(grad_outside_ptr, row, COMPUTE),
+            tl.load(saved_statistics_ptr + 2 * rows + row),
             tl.full((), outside_weight, COMPUTE),
         )
         factor = -h / z * tl.full((), inverse_temperature, COMPUTE)
@@ -118,11 +118,11 @@ def candidate_gradient_kernel(
     values_ptr,  # [C]
     target_ptr,  # [n_rows]
     weights_ptr,  # [n_rows], or None
-    normaliser_ptr,  # [CONFIDENCE_NORMALISER_FIELDS, n_rows], or None without ids
-    d_loss_ptr,  # [n_rows] each, or None
-    d_expected_ptr,
-    d_variance_ptr,
-    d_outside_ptr,
+    saved_statistics_ptr,  # [CONFIDENCE_NORMALISER_FIELDS, n_rows], or None without ids
+    grad_loss_ptr,  # [n_rows] each, or None
+    grad_expected_ptr,
+    grad_variance_ptr,
+    grad_outside_ptr,
     out_ptr,  # [n_rows, >= n_cols], of which the candidates' columns are written; without ids [n_rows, C]
     source_stride,
     out_stride,
@@ -153,8 +153,8 @@ def candidate_gradient_kernel(
         values = tl.load(values_ptr + slots, mask=real, other=0.0)
         target = tl.load(target_ptr + row)
         if ids_ptr is not None:
-            m = tl.load(normaliser_ptr + row)
-            z = tl.load(normaliser_ptr + n_rows.to(tl.int64) + row)
+            m = tl.load(saved_statistics_ptr + row)
+            z = tl.load(saved_statistics_ptr + n_rows.to(tl.int64) + row)
             ids, valid, v = candidate_logits(
                 source, ids_ptr, slots, real, n_cols, tl.full((), inverse_cap, COMPUTE), SOFTCAP, COMPUTE
             )
@@ -164,10 +164,10 @@ def candidate_gradient_kernel(
             z = tl.full((), 1.0, COMPUTE)
         _, q, log_inside = restrict(relative, z, real, tl.full((), scale, COMPUTE), tl.full((), scale * LN2, COMPUTE))
         expected, variance = moments(q, values)
-        d_loss = load_upstream(d_loss_ptr, row, COMPUTE)
-        d_outside = load_upstream(d_outside_ptr, row, COMPUTE)
+        grad_loss = load_upstream(grad_loss_ptr, row, COMPUTE)
+        grad_outside = load_upstream(grad_outside_ptr, row, COMPUTE)
         gradient = tl.zeros([CANDIDATES], COMPUTE)
-        if d_loss_ptr is not None:
+        if grad_loss_ptr is not None:
             slopes = score_slopes(
                 q,
                 expected,
@@ -180,13 +180,13 @@ def candidate_gradient_kernel(
                 KIND,
             )
             # A NaN loss that nothing flows into does no harm to the other outputs.
-            gradient += tl.where(d_loss == 0, 0.0, d_loss * slopes)
+            gradient += tl.where(grad_loss == 0, 0.0, grad_loss * slopes)
         deviation = values - expected
-        if d_expected_ptr is not None:
-            gradient += load_upstream(d_expected_ptr, row, COMPUTE) * q * deviation
-        if d_variance_ptr is not None:
-            gradient += load_upstream(d_variance_ptr, row, COMPUTE) * q * (deviation * deviation - variance)
-        h = inside_slope(d_loss, d_outside, log_inside, tl.full((), outside_weight, COMPUTE))
+        if grad_expected_ptr is not None:
+            gradient += load_upstream(grad_expected_ptr, row, COMPUTE) * q * deviation
+        if grad_variance_ptr is not None:
+            gradient += load_upstream(grad_variance_ptr, row, COMPUTE) * q * (deviation * deviation - variance)
+        h = inside_slope(grad_loss, grad_outside, log_inside, tl.full((), outside_weight, COMPUTE))
         if ids_ptr is not None:
             outside = -expm1(tl.where(log_inside > 0, 0.0, log_inside))
             gradient = (gradient + h * q * outside) * tl.full((), inverse_temperature, COMPUTE)
@@ -205,7 +205,7 @@ def confidence_gradient(
     candidate_ids: torch.Tensor | None,
     candidate_values: torch.Tensor,
     target: torch.Tensor,
-    normaliser: torch.Tensor,
+    saved_statistics: torch.Tensor,
     *,
     kind: str,
     outside_weight: float = 1.0,
@@ -214,18 +214,18 @@ def confidence_gradient(
     softcap: float | None = None,
     vocab_size: int | None = None,
     eps: float = 1e-6,
-    d_loss: torch.Tensor | None = None,
-    d_expected: torch.Tensor | None = None,
-    d_variance: torch.Tensor | None = None,
-    d_outside: torch.Tensor | None = None,
+    grad_loss: torch.Tensor | None = None,
+    grad_expected: torch.Tensor | None = None,
+    grad_variance: torch.Tensor | None = None,
+    grad_outside: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gradient of `source`, in its shape and dtype; columns from `vocab_size` on and rows of weight 0 get 0.
 
     Args:
         source, candidate_ids, candidate_values, target, kind, outside_weight, weights, temperature, softcap,
             vocab_size, eps: as given to `confidence.confidence_scores`, which checks them.
-        normaliser: what that returned.
-        d_loss, d_expected, d_variance, d_outside: [N] what flows into the outputs, in their dtype, or None.
+        saved_statistics: what that returned.
+        grad_loss, grad_expected, grad_variance, grad_outside: [N] what flows into the outputs, in their dtype, or None.
     """
     n_rows, n_out = source.shape
     out = torch.empty_like(source, memory_format=torch.contiguous_format)
@@ -234,8 +234,8 @@ def confidence_gradient(
     n_cols = n_out if vocab_size is None else vocab_size
     dtype = candidate_values.dtype
     with_ids = candidate_ids is not None
-    d_loss, d_expected, d_variance, d_outside, weights = (
-        None if t is None else t.contiguous() for t in (d_loss, d_expected, d_variance, d_outside, weights)
+    grad_loss, grad_expected, grad_variance, grad_outside, weights = (
+        None if t is None else t.contiguous() for t in (grad_loss, grad_expected, grad_variance, grad_outside, weights)
     )
     backend = backend_of(source.device)
     candidates = triton.next_power_of_2(candidate_values.shape[0])
@@ -247,7 +247,7 @@ def confidence_gradient(
     }
     with current_device(source.device):
         if with_ids:
-            assert normaliser.shape == (CONFIDENCE_NORMALISER_FIELDS, n_rows)
+            assert saved_statistics.shape == (CONFIDENCE_NORMALISER_FIELDS, n_rows)
             config = gradient_launch(
                 backend,
                 source.element_size(),
@@ -257,9 +257,9 @@ def confidence_gradient(
             column_gradient_kernel[(n_rows, triton.cdiv(n_out, CHUNK))](
                 source,
                 weights,
-                normaliser,
-                d_loss,
-                d_outside,
+                saved_statistics,
+                grad_loss,
+                grad_outside,
                 out,
                 source.stride(0),
                 out.stride(0),
@@ -279,11 +279,11 @@ def confidence_gradient(
             candidate_values.contiguous(),
             target.to(dtype).contiguous(),
             weights,
-            normaliser if with_ids else None,
-            d_loss,
-            d_expected,
-            d_variance,
-            d_outside,
+            saved_statistics if with_ids else None,
+            grad_loss,
+            grad_expected,
+            grad_variance,
+            grad_outside,
             out,
             source.stride(0),
             out.stride(0),

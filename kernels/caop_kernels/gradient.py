@@ -190,12 +190,12 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def coefficients_kernel(
-    normaliser_ptr,  # [NORMALISER_FIELDS, n_rows] of row_stats.py, COMPUTE
-    entropy_ptr,  # [n_rows] student's entropy; read where d_entropy is given
-    d_divergence_ptr,  # [n_rows] each, COMPUTE, or None
-    d_logprob_ptr,
-    d_entropy_ptr,
-    d_lse_ptr,
+    saved_statistics_ptr,  # [SAVED_FIELDS, n_rows] of row_stats.py, COMPUTE
+    entropy_ptr,  # [n_rows] student's entropy; read where grad_entropy is given
+    grad_divergence_ptr,  # [n_rows] each, COMPUTE, or None
+    grad_logprob_ptr,
+    grad_entropy_ptr,
+    grad_lse_ptr,
     beta_ptr,  # [n_rows] zeros and ones, or None
     labels_ptr,  # [n_rows] int64, or None
     out_ptr,  # [COEFFICIENT_FIELDS, n_rows], COMPUTE
@@ -213,16 +213,16 @@ def coefficients_kernel(
     mask = rows < n_rows
     step = n_rows.to(tl.int64)
     factor = tl.full((), inverse_temperature, COMPUTE)
-    shift_s = tl.load(normaliser_ptr + rows, mask=mask, other=0.0)
-    shift_t = tl.load(normaliser_ptr + step + rows, mask=mask, other=0.0)
-    z_s = tl.load(normaliser_ptr + 2 * step + rows, mask=mask, other=1.0)
-    z_t = tl.load(normaliser_ptr + 3 * step + rows, mask=mask, other=1.0)
-    lr = tl.load(normaliser_ptr + 4 * step + rows, mask=mask, other=0.0)
+    shift_s = tl.load(saved_statistics_ptr + rows, mask=mask, other=0.0)
+    shift_t = tl.load(saved_statistics_ptr + step + rows, mask=mask, other=0.0)
+    z_s = tl.load(saved_statistics_ptr + 2 * step + rows, mask=mask, other=1.0)
+    z_t = tl.load(saved_statistics_ptr + 3 * step + rows, mask=mask, other=1.0)
+    lr = tl.load(saved_statistics_ptr + 4 * step + rows, mask=mask, other=0.0)
 
     zero = tl.zeros([ROWS], COMPUTE)
     a_p, a_r, a_l, a_t, label = zero, zero, zero, zero, zero
-    if d_divergence_ptr is not None:
-        d = tl.load(d_divergence_ptr + rows, mask=mask, other=0.0) * factor
+    if grad_divergence_ptr is not None:
+        d = tl.load(grad_divergence_ptr + rows, mask=mask, other=0.0) * factor
         forward, reverse = d, d
         if beta_ptr is not None:
             chosen = tl.load(beta_ptr + rows, mask=mask, other=0.0)
@@ -235,21 +235,21 @@ def coefficients_kernel(
             a_p += forward
             a_t += forward
         if (not FORWARD) or beta_ptr is not None:
-            mean_ratio = tl.load(normaliser_ptr + 5 * step + rows, mask=mask, other=0.0)
+            mean_ratio = tl.load(saved_statistics_ptr + 5 * step + rows, mask=mask, other=0.0)
             a_r += reverse
             # An infinite divergence nothing flows into does no harm.
             a_p -= tl.where(reverse == 0, 0.0, reverse * mean_ratio)
-    if d_logprob_ptr is not None:
+    if grad_logprob_ptr is not None:
         y = tl.load(labels_ptr + rows, mask=mask, other=IGNORE_INDEX)
-        label = tl.load(d_logprob_ptr + rows, mask=mask, other=0.0) * factor
+        label = tl.load(grad_logprob_ptr + rows, mask=mask, other=0.0) * factor
         label = tl.where((y >= 0) & (y < n_cols), label, tl.where(y == IGNORE_INDEX, 0.0, float("nan")))
         a_p -= label
-    if d_entropy_ptr is not None:
-        d = tl.load(d_entropy_ptr + rows, mask=mask, other=0.0) * factor
+    if grad_entropy_ptr is not None:
+        d = tl.load(grad_entropy_ptr + rows, mask=mask, other=0.0) * factor
         a_l -= d
         a_p -= tl.where(d == 0, 0.0, d * tl.load(entropy_ptr + rows, mask=mask, other=0.0))
-    if d_lse_ptr is not None:
-        a_p += tl.load(d_lse_ptr + rows, mask=mask, other=0.0) * factor
+    if grad_lse_ptr is not None:
+        a_p += tl.load(grad_lse_ptr + rows, mask=mask, other=0.0) * factor
 
     constant = a_p - tl.where(a_l == 0, 0.0, a_l * tl.log(z_s))
     if not INTERIOR:
@@ -265,42 +265,42 @@ def coefficients_kernel(
 
 
 def distillation_coefficients(
-    normaliser: torch.Tensor,
+    saved_statistics: torch.Tensor,
     *,
     n_cols: int,
     labels: torch.Tensor | None = None,
     beta: float | torch.Tensor = 0.0,
     temperature: float = 1.0,
     student_entropy: torch.Tensor | None = None,
-    d_divergence: torch.Tensor | None = None,
-    d_logprob: torch.Tensor | None = None,
-    d_entropy: torch.Tensor | None = None,
-    d_lse: torch.Tensor | None = None,
+    grad_divergence: torch.Tensor | None = None,
+    grad_logprob: torch.Tensor | None = None,
+    grad_entropy: torch.Tensor | None = None,
+    grad_lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Coefficients [COEFFICIENT_FIELDS, N] of `logit_gradient` for what flows into the statistics of each row.
 
     Args:
-        normaliser: as `row_statistics` returned it; for an interior beta with the mixture's mean ratio.
+        saved_statistics: as `row_statistics` returned it; for an interior beta with the mixture's mean ratio.
         n_cols: number of columns compared; a label at or beyond it gives NaN.
-        labels: [N] int64; needed with `d_logprob`.
+        labels: [N] int64; needed with `grad_logprob`.
         beta, temperature: as in the forward; beta a float, or [N] of zeros and ones.
-        student_entropy: [N]; needed with `d_entropy`.
-        d_divergence, d_logprob, d_entropy, d_lse: [N] each, contiguous, in the dtype of `normaliser`, or None.
+        student_entropy: [N]; needed with `grad_entropy`.
+        grad_divergence, grad_logprob, grad_entropy, grad_lse: [N] each, contiguous, in the dtype of `saved_statistics`, or None.
     """
-    n_rows = normaliser.shape[1]
+    n_rows = saved_statistics.shape[1]
     labels = None if labels is None else labels.contiguous()
-    out = normaliser.new_empty((COEFFICIENT_FIELDS, n_rows))
+    out = saved_statistics.new_empty((COEFFICIENT_FIELDS, n_rows))
     if n_rows == 0:
         return out
     per_row = isinstance(beta, torch.Tensor)
-    with current_device(normaliser.device):
+    with current_device(saved_statistics.device):
         coefficients_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
-            normaliser,
+            saved_statistics,
             student_entropy,
-            d_divergence,
-            d_logprob,
-            d_entropy,
-            d_lse,
+            grad_divergence,
+            grad_logprob,
+            grad_entropy,
+            grad_lse,
             beta.contiguous() if per_row else None,
             labels,
             out,
@@ -311,8 +311,8 @@ def distillation_coefficients(
             ROWS=MERGE_ROWS,
             FORWARD=not per_row and beta == 0,
             INTERIOR=is_interior(beta),
-            COMPUTE=compute_type(normaliser.dtype),
-            num_warps=merge_warps(backend_of(normaliser.device)),
+            COMPUTE=compute_type(saved_statistics.dtype),
+            num_warps=merge_warps(backend_of(saved_statistics.device)),
         )
     return out
 

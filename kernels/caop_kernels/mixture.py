@@ -74,7 +74,7 @@ def accumulate_mixture(
 def mixture_kernel(
     student_ptr,  # [n_rows, >= n_cols], unit column stride
     teacher_ptr,
-    normaliser_ptr,  # [NORMALISER_FIELDS, n_rows] of row_stats.py, COMPUTE
+    saved_statistics_ptr,  # [SAVED_FIELDS, n_rows] of row_stats.py, COMPUTE
     weights_ptr,  # [n_rows], or None: a row of weight 0 is not read
     sums_ptr,  # [chunks, MIXTURE_FIELDS, n_rows], COMPUTE
     student_stride,
@@ -112,9 +112,9 @@ def mixture_kernel(
         rows = n_rows.to(tl.int64)
         student = student_ptr + row * student_stride
         teacher = teacher_ptr + row * teacher_stride
-        m_s = tl.load(normaliser_ptr + row)
-        m_t = tl.load(normaliser_ptr + rows + row)
-        log_ratio = tl.load(normaliser_ptr + 4 * rows + row) / LN2
+        m_s = tl.load(saved_statistics_ptr + row)
+        m_t = tl.load(saved_statistics_ptr + rows + row)
+        log_ratio = tl.load(saved_statistics_ptr + 4 * rows + row) / LN2
         sum_s = tl.zeros([THREADS], COMPUTE)
         sum_t = sum_s
 
@@ -142,7 +142,7 @@ def mixture_kernel(
 @triton.jit(do_not_specialize=["n_rows", "n_chunks"])
 def finish_mixture_kernel(
     sums_ptr,  # [n_chunks, MIXTURE_FIELDS, n_rows]
-    normaliser_ptr,  # [NORMALISER_FIELDS, n_rows]; its last field becomes the mean ratio
+    saved_statistics_ptr,  # [SAVED_FIELDS, n_rows]; its last field becomes the mean ratio
     weights_ptr,
     divergence_ptr,  # [n_rows]
     n_rows,
@@ -165,21 +165,21 @@ def finish_mixture_kernel(
         pointer = sums_ptr + i * (MIXTURE_FIELDS * n_rows) + rows
         sum_s += tl.load(pointer, mask=live, other=0.0)
         sum_t += tl.load(pointer + n_rows, mask=live, other=0.0)
-    z_s = tl.load(normaliser_ptr + 2 * n_rows + rows, mask=live, other=1.0)
-    z_t = tl.load(normaliser_ptr + 3 * n_rows + rows, mask=live, other=1.0)
+    z_s = tl.load(saved_statistics_ptr + 2 * n_rows + rows, mask=live, other=1.0)
+    z_t = tl.load(saved_statistics_ptr + 3 * n_rows + rows, mask=live, other=1.0)
     # The clamps of the second read may drop a NaN; the partition sums hold it.
     nan = tl.where((z_s == z_s) & (z_t == z_t), 0.0, float("nan"))
     mean_ratio = sum_s / z_s * LN2 + nan
     divergence = (1.0 - beta) * mean_ratio + beta * (sum_t / z_s * LN2)
     divergence = tl.where(divergence < 0, 0.0, divergence)
     tl.store(divergence_ptr + rows, tl.where(live, divergence, 0.0), mask=mask)
-    tl.store(normaliser_ptr + 5 * n_rows + rows, tl.where(live, mean_ratio, 0.0), mask=mask)
+    tl.store(saved_statistics_ptr + 5 * n_rows + rows, tl.where(live, mean_ratio, 0.0), mask=mask)
 
 
 def mixture_divergence(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normaliser: torch.Tensor,
+    saved_statistics: torch.Tensor,
     *,
     beta: float,
     n_cols: int,
@@ -193,14 +193,14 @@ def mixture_divergence(
     Args:
         student_logits, teacher_logits, weights, temperature, student_softcap, teacher_softcap: as given to
             `row_statistics`, which has checked them.
-        normaliser: [NORMALISER_FIELDS, N] from there; its last field is overwritten with E_s[log p_s - log m].
+        saved_statistics: [SAVED_FIELDS, N] from there; its last field is overwritten with E_s[log p_s - log m].
         beta: weight of the teacher in the mixture.
         n_cols: how many columns to compare.
     """
     sums = mixture_sums(
         student_logits,
         teacher_logits,
-        normaliser,
+        saved_statistics,
         beta=beta,
         n_cols=n_cols,
         weights=weights,
@@ -208,13 +208,13 @@ def mixture_divergence(
         student_softcap=student_softcap,
         teacher_softcap=teacher_softcap,
     )
-    return finish_mixture(sums, normaliser, beta=beta, weights=weights)
+    return finish_mixture(sums, saved_statistics, beta=beta, weights=weights)
 
 
 def mixture_sums(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    normaliser: torch.Tensor,
+    saved_statistics: torch.Tensor,
     *,
     beta: float,
     n_cols: int,
@@ -223,13 +223,13 @@ def mixture_sums(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
 ) -> torch.Tensor:
-    """The sums [chunks, MIXTURE_FIELDS, N] over some columns of rows whose ``normaliser`` is known; as above.
+    """The sums [chunks, MIXTURE_FIELDS, N] over some columns of rows whose ``saved_statistics`` is known; as above.
 
     Sums of disjoint sets of columns are put together along the first axis, or added.
     """
     n_rows = student_logits.shape[0]
     weights = None if weights is None else weights.contiguous()
-    dtype = normaliser.dtype
+    dtype = saved_statistics.dtype
     backend = backend_of(student_logits.device)
     double = dtype == torch.float64
     softcap = student_softcap is not None or teacher_softcap is not None
@@ -240,7 +240,7 @@ def mixture_sums(
         lean=not (softcap or double),
     )
     chunks = triton.cdiv(n_cols, CHUNK)
-    sums = normaliser.new_empty((chunks, MIXTURE_FIELDS.value, n_rows))
+    sums = saved_statistics.new_empty((chunks, MIXTURE_FIELDS.value, n_rows))
     if n_rows == 0:
         return sums
 
@@ -248,7 +248,7 @@ def mixture_sums(
         mixture_kernel[(n_rows, chunks)](
             student_logits,
             teacher_logits,
-            normaliser,
+            saved_statistics,
             weights,
             sums,
             student_logits.stride(0),
@@ -273,24 +273,24 @@ def mixture_sums(
 
 
 def finish_mixture(
-    sums: torch.Tensor, normaliser: torch.Tensor, *, beta: float, weights: torch.Tensor | None = None
+    sums: torch.Tensor, saved_statistics: torch.Tensor, *, beta: float, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """D(beta) [N] of the sums [K, MIXTURE_FIELDS, N] of all columns; the normaliser's last field is overwritten."""
-    n_rows = normaliser.shape[1]
-    divergence = normaliser.new_empty(n_rows)
+    """D(beta) [N] of the sums [K, MIXTURE_FIELDS, N] of all columns; the saved_statistics's last field is overwritten."""
+    n_rows = saved_statistics.shape[1]
+    divergence = saved_statistics.new_empty(n_rows)
     if n_rows == 0:
         return divergence
-    with current_device(normaliser.device):
+    with current_device(saved_statistics.device):
         finish_mixture_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
             sums.contiguous(),
-            normaliser,
+            saved_statistics,
             None if weights is None else weights.contiguous(),
             divergence,
             n_rows,
             sums.shape[0],
             beta=beta,
             ROWS=MERGE_ROWS,
-            COMPUTE=compute_type(normaliser.dtype),
-            num_warps=merge_warps(backend_of(normaliser.device)),
+            COMPUTE=compute_type(saved_statistics.dtype),
+            num_warps=merge_warps(backend_of(saved_statistics.device)),
         )
     return divergence

@@ -48,7 +48,7 @@ STATISTICS = (
     "teacher_entropy",
 )
 STUDENT_STATISTICS = ("student_lse", "student_logprob", "student_entropy")
-NORMALISER_FIELDS = 6
+SAVED_FIELDS = 6
 
 
 class RowStatistics(NamedTuple):
@@ -67,8 +67,8 @@ class RowStatistics(NamedTuple):
     teacher_entropy: torch.Tensor | None
     divergence: torch.Tensor | None
     """The KL that `beta` chose in each row."""
-    normaliser: torch.Tensor | None
-    """[NORMALISER_FIELDS, N]: what a gradient needs to rebuild probabilities to the last digits, also where lse is
+    saved_statistics: torch.Tensor | None
+    """[SAVED_FIELDS, N]: what a gradient needs to rebuild probabilities to the last digits, also where lse is
     large: m_s, m_t (log2 units), z_s, z_t, lr, and the unclamped reverse KL (0 where that was not computed)."""
 
 
@@ -117,7 +117,7 @@ def finish_kernel(
     student_entropy_ptr,
     teacher_entropy_ptr,
     divergence_ptr,
-    normaliser_ptr,  # [NORMALISER_FIELDS, n_rows]
+    saved_statistics_ptr,  # [SAVED_FIELDS, n_rows]
     student_stride,
     teacher_stride,
     n_rows,
@@ -188,13 +188,13 @@ def finish_kernel(
             store_live(divergence_ptr, rows, chosen, live, mask)
     else:
         z_t = zero + 1.0
-    if normaliser_ptr is not None:
-        store_live(normaliser_ptr, rows, m_s, live, mask)
-        store_live(normaliser_ptr + n_rows, rows, m_t, live, mask)
-        store_live(normaliser_ptr + 2 * n_rows, rows, z_s, live, mask)
-        store_live(normaliser_ptr + 3 * n_rows, rows, z_t, live, mask)
-        store_live(normaliser_ptr + 4 * n_rows, rows, lr, live, mask)
-        store_live(normaliser_ptr + 5 * n_rows, rows, reverse, live, mask)
+    if saved_statistics_ptr is not None:
+        store_live(saved_statistics_ptr, rows, m_s, live, mask)
+        store_live(saved_statistics_ptr + n_rows, rows, m_t, live, mask)
+        store_live(saved_statistics_ptr + 2 * n_rows, rows, z_s, live, mask)
+        store_live(saved_statistics_ptr + 3 * n_rows, rows, z_t, live, mask)
+        store_live(saved_statistics_ptr + 4 * n_rows, rows, lr, live, mask)
+        store_live(saved_statistics_ptr + 5 * n_rows, rows, reverse, live, mask)
     if labels_ptr is not None:
         label = tl.load(labels_ptr + rows, mask=mask, other=IGNORE_INDEX)
         ignored = label == IGNORE_INDEX
@@ -231,7 +231,7 @@ def row_statistics(
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
     statistics: Collection[str] | None = None,
-    normaliser: bool = False,
+    saved_statistics: bool = False,
 ) -> RowStatistics:
     """Both KLs, log-sum-exps, entropies and label log-probabilities of each row, from one read of both logits.
 
@@ -249,7 +249,7 @@ def row_statistics(
         vocab_size: compare the first `vocab_size` columns only. Required where V_s and V_t differ.
         statistics: names out of STATISTICS to compute, None for all there can be; the others are None and their work
             is compiled out.
-        normaliser: also return what `gradient.distillation_coefficients` and `mixture.py` need.
+        saved_statistics: also return what `gradient.distillation_coefficients` and `mixture.py` need.
 
     Returns:
         RowStatistics of [N] tensors in nats: float32, or float64 when an input is float64. Not differentiable.
@@ -267,7 +267,7 @@ def row_statistics(
     check_positive("teacher_softcap", teacher_softcap, optional=True)
     possible = STATISTICS if teacher_logits is not None else STUDENT_STATISTICS
     asked = set(possible if statistics is None else statistics)
-    if (not asked and beta is None and not normaliser) or not asked <= set(possible):
+    if (not asked and beta is None and not saved_statistics) or not asked <= set(possible):
         raise ValueError(f"statistics must name one or more of {possible}, got {tuple(statistics or ())!r}")
     if beta is not None and teacher_logits is None:
         raise ValueError("beta chooses between two KLs: it needs teacher_logits")
@@ -280,13 +280,15 @@ def row_statistics(
         asked -= {"student_logprob", "teacher_logprob"}
     outputs = {name: student_logits.new_empty(n_rows, dtype=dtype) if name in asked else None for name in STATISTICS}
     outputs["divergence"] = None if beta is None else student_logits.new_empty(n_rows, dtype=dtype)
-    outputs["normaliser"] = student_logits.new_empty((NORMALISER_FIELDS, n_rows), dtype=dtype) if normaliser else None
-    if n_rows == 0 or not (asked or normaliser or beta is not None):
+    outputs["saved_statistics"] = (
+        student_logits.new_empty((SAVED_FIELDS, n_rows), dtype=dtype) if saved_statistics else None
+    )
+    if n_rows == 0 or not (asked or saved_statistics or beta is not None):
         return RowStatistics(**outputs)
 
     sums = (
         asked
-        | ({"normaliser"} if normaliser else set())
+        | ({"saved_statistics"} if saved_statistics else set())
         | ({"forward_kl", "reverse_kl"} if beta is not None else set())
     )
     options = {

@@ -18,7 +18,7 @@ from caop_kernels.checks import check_labels, check_logits, check_positive
 from caop_kernels.chunk_state import chunk_states, scalars
 from caop_kernels.elementary import tanh
 from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps
-from caop_kernels.row_stats import NORMALISER_FIELDS, STATISTICS, RowStatistics, finish_kernel
+from caop_kernels.row_stats import SAVED_FIELDS, STATISTICS, RowStatistics, finish_kernel
 from caop_kernels.state import ABSENT, FLOOR, LABEL_FIELD, SHARD_FIELDS, load_state, merge, store_state
 
 
@@ -171,7 +171,7 @@ def merge_states(states: torch.Tensor) -> torch.Tensor:
 
 
 def finish_state(state: torch.Tensor, labels: torch.Tensor | None = None) -> RowStatistics:
-    """The statistics of a state [SHARD_FIELDS, N], and the normaliser that its gradient needs.
+    """The statistics of a state [SHARD_FIELDS, N], and the saved_statistics that its gradient needs.
 
     labels: [N] int64: log-probabilities are 0 where they are -100 and NaN where no shard held the label; None for none.
     """
@@ -182,7 +182,7 @@ def finish_state(state: torch.Tensor, labels: torch.Tensor | None = None) -> Row
     if labels is None:
         outputs["student_logprob"] = outputs["teacher_logprob"] = None
     outputs["divergence"] = None
-    outputs["normaliser"] = state.new_empty((NORMALISER_FIELDS, n_rows))
+    outputs["saved_statistics"] = state.new_empty((SAVED_FIELDS, n_rows))
     if n_rows == 0:
         return RowStatistics(**outputs)
     with current_device(state.device):

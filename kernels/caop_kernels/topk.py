@@ -30,7 +30,7 @@ from caop_kernels.topk_tail import TAIL_FIELDS, lanes, tail_states
 LOG2E = math.log2(math.e)
 IGNORE_INDEX = tl.constexpr(-100)
 MAX_LISTED = 256
-NORMALISER_FIELDS = 4
+SAVED_FIELDS = 4
 
 
 class TopkStatistics(NamedTuple):
@@ -45,8 +45,8 @@ class TopkStatistics(NamedTuple):
     """As listed; NaN for a label that is not."""
     teacher_entropy: torch.Tensor
     """Over the outcomes compared."""
-    normaliser: torch.Tensor
-    """[NORMALISER_FIELDS, N] for the gradient: m (log2 units) and z of the whole row, m and z of its tail."""
+    saved_statistics: torch.Tensor
+    """[SAVED_FIELDS, N] for the gradient: m (log2 units) and z of the whole row, m and z of its tail."""
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def topk_finish_kernel(
     student_entropy_ptr,
     teacher_logprob_ptr,  # or None
     teacher_entropy_ptr,
-    normaliser_ptr,  # [NORMALISER_FIELDS, n_rows]
+    saved_statistics_ptr,  # [SAVED_FIELDS, n_rows]
     student_stride,
     k,
     chunks,
@@ -146,10 +146,10 @@ def topk_finish_kernel(
         student_entropy = tl.log(z) - a / z * LN2
         student_entropy = tl.where(student_entropy < 0, 0.0, student_entropy)
         step = n_rows.to(tl.int64)
-        tl.store(normaliser_ptr + row, m)
-        tl.store(normaliser_ptr + step + row, z)
-        tl.store(normaliser_ptr + 2 * step + row, m_tail)
-        tl.store(normaliser_ptr + 3 * step + row, z_tail)
+        tl.store(saved_statistics_ptr + row, m)
+        tl.store(saved_statistics_ptr + step + row, z)
+        tl.store(saved_statistics_ptr + 2 * step + row, m_tail)
+        tl.store(saved_statistics_ptr + 3 * step + row, z_tail)
 
         full = tl.sum(valid.to(tl.int32), axis=0) >= n_cols
         s, p_s = student_outcomes(u, m, z, m_tail, z_tail, lane, k, TAIL)
@@ -282,9 +282,9 @@ def topk_statistics(
         name: None if labels is None and name.endswith("logprob") else student_logits.new_empty(n_rows, dtype=dtype)
         for name in TopkStatistics._fields[:-1]
     }
-    normaliser = student_logits.new_zeros((NORMALISER_FIELDS, n_rows), dtype=dtype)
+    saved_statistics = student_logits.new_zeros((SAVED_FIELDS, n_rows), dtype=dtype)
     if n_rows == 0:
-        return TopkStatistics(**found, normaliser=normaliser)
+        return TopkStatistics(**found, saved_statistics=saved_statistics)
 
     backend = backend_of(student_logits.device)
     k = teacher_ids.shape[1]
@@ -309,7 +309,7 @@ def topk_statistics(
             student_entropy_ptr=found["student_entropy"],
             teacher_logprob_ptr=found["teacher_logprob"],
             teacher_entropy_ptr=found["teacher_entropy"],
-            normaliser_ptr=normaliser,
+            saved_statistics_ptr=saved_statistics,
             chunks=chunks,
             CHUNK_BLOCK=triton.next_power_of_2(chunks),
             student_stride=student_logits.stride(0),
@@ -322,4 +322,4 @@ def topk_statistics(
             **listed,
             num_warps=finish_warps(backend, k),
         )
-    return TopkStatistics(**found, normaliser=normaliser)
+    return TopkStatistics(**found, saved_statistics=saved_statistics)

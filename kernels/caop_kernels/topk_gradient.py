@@ -42,11 +42,11 @@ def listed_gradient_kernel(
     labels_ptr,  # [n_rows] int64, or None
     weights_ptr,  # [n_rows], or None: rows of weight 0 get neither values nor coefficients
     beta_ptr,  # [n_rows] zeros and ones, or None
-    normaliser_ptr,  # [NORMALISER_FIELDS, n_rows] of topk.py
+    saved_statistics_ptr,  # [SAVED_FIELDS, n_rows] of topk.py
     entropy_ptr,  # [n_rows] the student's
-    d_divergence_ptr,  # [n_rows] each, COMPUTE, or None
-    d_logprob_ptr,
-    d_entropy_ptr,
+    grad_divergence_ptr,  # [n_rows] each, COMPUTE, or None
+    grad_logprob_ptr,
+    grad_entropy_ptr,
     values_ptr,  # [n_rows, k], COMPUTE: out
     coefficients_ptr,  # [COEFFICIENT_FIELDS, n_rows], COMPUTE, zeros: out
     student_stride,
@@ -74,10 +74,10 @@ def listed_gradient_kernel(
         live = tl.load(weights_ptr + row) != 0
     if live:
         step = n_rows.to(tl.int64)
-        m = tl.load(normaliser_ptr + row)
-        z = tl.load(normaliser_ptr + step + row)
-        m_tail = tl.load(normaliser_ptr + 2 * step + row)
-        z_tail = tl.load(normaliser_ptr + 3 * step + row)
+        m = tl.load(saved_statistics_ptr + row)
+        z = tl.load(saved_statistics_ptr + step + row)
+        m_tail = tl.load(saved_statistics_ptr + 2 * step + row)
+        z_tail = tl.load(saved_statistics_ptr + 3 * step + row)
         factor = tl.full((), inverse_temperature, COMPUTE)
         lane = tl.arange(0, K_BLOCK)
         ids, valid, v, lp, bad = load_listed(
@@ -90,8 +90,8 @@ def listed_gradient_kernel(
 
         value = tl.zeros([K_BLOCK], COMPUTE)
         constant = tl.zeros((), COMPUTE)
-        if d_divergence_ptr is not None:
-            d = tl.load(d_divergence_ptr + row) * factor
+        if grad_divergence_ptr is not None:
+            d = tl.load(grad_divergence_ptr + row) * factor
             broken = tl.sum((lp != lp).to(tl.int32), axis=0) > 0
             d = tl.where(broken & (d != 0), float("nan"), d)
             full = tl.sum(valid.to(tl.int32), axis=0) >= n_cols
@@ -107,16 +107,16 @@ def listed_gradient_kernel(
                 constant += flow(d, h_tail / z_tail - unit * total)
             elif TAIL == IGNORE:
                 constant -= flow(d, unit * total)
-        if d_logprob_ptr is not None:
+        if grad_logprob_ptr is not None:
             label = tl.load(labels_ptr + row)
-            d = tl.load(d_logprob_ptr + row) * factor
+            d = tl.load(grad_logprob_ptr + row) * factor
             d = tl.where((label >= 0) & (label < n_cols), d, tl.where(label == IGNORE_INDEX, 0.0, float("nan")))
             value += tl.where(ids == label, d, 0.0) - flow(d, p)
             constant -= flow(d, unit)
             tl.store(coefficients_ptr + 6 * step + row, d)
-        if d_entropy_ptr is not None:
+        if grad_entropy_ptr is not None:
             entropy = tl.load(entropy_ptr + row)
-            d = tl.load(d_entropy_ptr + row) * factor
+            d = tl.load(grad_entropy_ptr + row) * factor
             log_p = (u - tl.log2(z)) * LN2
             value -= flow(d, tl.where(p == 0, 0.0, p * (log_p + entropy)))
             constant -= flow(d, unit * ((m_tail - m - tl.log2(z)) * LN2 + entropy))
@@ -159,7 +159,7 @@ def topk_gradient(
     teacher_ids: torch.Tensor,
     teacher_logprobs: torch.Tensor,
     labels: torch.Tensor | None,
-    normaliser: torch.Tensor,
+    saved_statistics: torch.Tensor,
     student_entropy: torch.Tensor,
     *,
     weights: torch.Tensor | None = None,
@@ -168,18 +168,18 @@ def topk_gradient(
     temperature: float = 1.0,
     student_softcap: float | None = None,
     vocab_size: int | None = None,
-    d_divergence: torch.Tensor | None = None,
-    d_logprob: torch.Tensor | None = None,
-    d_entropy: torch.Tensor | None = None,
+    grad_divergence: torch.Tensor | None = None,
+    grad_logprob: torch.Tensor | None = None,
+    grad_entropy: torch.Tensor | None = None,
     inplace: bool = False,
 ) -> torch.Tensor:
     """The gradient [N, V] of the student's logits, in their dtype; columns from `vocab_size` on get 0.
 
     Args:
-        student_logits ... vocab_size: as given to `topk_statistics`, which also made `normaliser` and
+        student_logits ... vocab_size: as given to `topk_statistics`, which also made `saved_statistics` and
             `student_entropy`.
-        d_divergence, d_logprob, d_entropy: [N] each, what flows into the statistics of that name, in the dtype of
-            `normaliser`; None for nothing.
+        grad_divergence, grad_logprob, grad_entropy: [N] each, what flows into the statistics of that name, in the dtype of
+            `saved_statistics`; None for nothing.
         inplace: write over `student_logits` and return them.
     """
     n_rows, n_out = student_logits.shape
@@ -187,12 +187,13 @@ def topk_gradient(
     n_cols = n_out if vocab_size is None else vocab_size
     backend = backend_of(student_logits.device)
     ids, logprobs = packed_ids(teacher_ids), teacher_logprobs.contiguous()
-    labels = None if labels is None or d_logprob is None else labels.contiguous()
+    labels = None if labels is None or grad_logprob is None else labels.contiguous()
     weights = None if weights is None else weights.contiguous()
-    values = normaliser.new_empty((n_rows, k))
-    coefficients = normaliser.new_zeros((COEFFICIENT_FIELDS, n_rows))
+    values = saved_statistics.new_empty((n_rows, k))
+    coefficients = saved_statistics.new_zeros((COEFFICIENT_FIELDS, n_rows))
     upstream = [
-        None if d is None else d.to(normaliser.dtype).contiguous() for d in (d_divergence, d_logprob, d_entropy)
+        None if d is None else d.to(saved_statistics.dtype).contiguous()
+        for d in (grad_divergence, grad_logprob, grad_entropy)
     ]
     if n_rows:
         with current_device(student_logits.device):
@@ -202,11 +203,11 @@ def topk_gradient(
                 logprobs,
                 labels,
                 weights,
-                normaliser_ptr=normaliser,
+                saved_statistics_ptr=saved_statistics,
                 entropy_ptr=student_entropy,
-                d_divergence_ptr=upstream[0],
-                d_logprob_ptr=upstream[1],
-                d_entropy_ptr=upstream[2],
+                grad_divergence_ptr=upstream[0],
+                grad_logprob_ptr=upstream[1],
+                grad_entropy_ptr=upstream[2],
                 values_ptr=values,
                 coefficients_ptr=coefficients,
                 student_stride=student_logits.stride(0),
@@ -215,13 +216,13 @@ def topk_gradient(
                 n_cols=n_cols,
                 inverse_temperature=1.0 / temperature,
                 K_BLOCK=lanes(k),
-                COMPUTE=compute_type(normaliser.dtype),
+                COMPUTE=compute_type(saved_statistics.dtype),
                 **listed_constants(tail, beta, temperature, student_softcap, logprobs),
                 num_warps=finish_warps(backend, k),
             )
     out = logit_gradient(
         student_logits, None, coefficients, labels=labels, weights=weights, temperature=temperature,
-        student_softcap=student_softcap, vocab_size=n_cols, log=d_entropy is not None, label=d_logprob is not None,
+        student_softcap=student_softcap, vocab_size=n_cols, log=grad_entropy is not None, label=grad_logprob is not None,
         out=student_logits if inplace else None,
     )  # fmt: skip
     if n_rows:

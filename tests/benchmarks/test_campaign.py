@@ -375,7 +375,7 @@ def test_the_loss_of_all_tokens_is_looked_at(tmp_path, contender):
 
 
 def test_a_head_s_gradient_is_looked_at_in_the_full_size(tmp_path, contender):
-    """One chunk left out of d_weight shows with all tokens only."""
+    """One chunk left out of grad_weight shows with all tokens only."""
 
     def change(loss, i):
         if i.case.n == LINEAR.n:

@@ -32,7 +32,7 @@ class Backend(NamedTuple):
     code: ModuleType
     row_state: Callable[[Tensor, Tensor, Tensor | None, Options], Tensor]
     merge_states: Callable[[Tensor], Tensor]
-    token_fields: list[int]  # of the normaliser, those that a gradient of one model's tokens takes
+    token_fields: list[int]  # of the saved_statistics, those that a gradient of one model's tokens takes
 
 
 def _reference_state(student: Tensor, teacher: Tensor, labels: Tensor | None, options: Options) -> Tensor:
@@ -62,8 +62,8 @@ def rows_in_blocks(
     found = backend.code.state_rows(state, labels, options)
     if not options.interior:
         return found
-    sums = torch.cat([backend.code.mixture_sums(s, t, options, found.normaliser) for s, t, _ in blocks])
-    return found._replace(divergence=backend.code.finish_mixture(sums, found.normaliser, options))
+    sums = torch.cat([backend.code.mixture_sums(s, t, options, found.saved_statistics) for s, t, _ in blocks])
+    return found._replace(divergence=backend.code.finish_mixture(sums, found.saved_statistics, options))
 
 
 def gradient_in_blocks(
@@ -80,13 +80,13 @@ def gradient_in_blocks(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient [N, V], block by block, each written beside its logits, in ``dtype``."""
-    upstream = {f"d_{n}": flows[n].to(found.normaliser) if n in flows else None for n in FLOWS}
+    upstream = {f"d_{n}": flows[n].to(found.saved_statistics) if n in flows else None for n in FLOWS}
     parts = []
     for columns in columns_of(cuts):
         block = columns.of(student)
         out = torch.full(block.shape, NAN, dtype=dtype or student.dtype, device=student.device)
         part = backend.code.distillation_gradient(
-            block, columns.of(teacher), labels, weights, options, columns, found.normaliser, found.student_entropy,
+            block, columns.of(teacher), labels, weights, options, columns, found.saved_statistics, found.student_entropy,
             out=out, **upstream,
         )  # fmt: skip
         assert part is out
@@ -179,13 +179,13 @@ def check_tokens(
     logits, _, labels = case(dtype, offset, cuts, device)
     flows = upstream(len(labels), *names, device=device)
     found = rows_in_blocks(backend, logits, logits, labels, cuts, Options(0.0, temperature, softcap, softcap))
-    d = {f"d_{n}": flows[n].to(found.normaliser) if n in flows else None for n in ("logprob", "entropy", "lse")}
+    d = {f"d_{n}": flows[n].to(found.saved_statistics) if n in flows else None for n in ("logprob", "entropy", "lse")}
     parts = []
     for columns in columns_of(cuts):
         block = columns.of(logits)
         out = torch.full_like(block, NAN)
         part = backend.code.token_gradient(
-            block, labels, None, found.normaliser[backend.token_fields], found.student_entropy, temperature, softcap,
+            block, labels, None, found.saved_statistics[backend.token_fields], found.student_entropy, temperature, softcap,
             columns, out=out, **d,
         )  # fmt: skip
         assert part is out

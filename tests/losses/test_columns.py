@@ -72,7 +72,7 @@ def test_what_rounding_leaves_out_of_a_shift_is_in_the_partition_sums():
     """At 1e4 a float32 shift in nats is up to 5e-4 away from the maximum in log2 units that the sums refer to."""
     student, teacher, labels = (t[:GOOD] for t in case(torch.float32, 1e4, CUTS[0], CPU))
     state = states.row_state(student, teacher, labels, Options(), torch.float32)
-    found = states.normaliser(state)
+    found = states.saved_statistics(state)
     for side, m, shift, total in zip((student, teacher), state, found, found[2:], strict=False):
         assert 2e-4 < (shift.double() - m.double() * math.log(2)).abs().max() < 6e-4
         probabilities = (side.double() - shift.double()[:, None]).exp() / total.double()[:, None]
@@ -128,7 +128,7 @@ def test_a_block_may_be_a_part_of_a_buffer_and_its_gradient_narrower_or_over_it(
     block[:, : columns.width] = columns.of(student)
     d = {f"d_{name}": flow for name, flow in flows.items()}
     over = rows.distillation_gradient(
-        block, columns.of(teacher), labels, None, Options(), columns, found.normaliser, found.student_entropy,
+        block, columns.of(teacher), labels, None, Options(), columns, found.saved_statistics, found.student_entropy,
         out=block, **d,
     )  # fmt: skip
     assert over is block

@@ -51,7 +51,7 @@ def run(name, bad):
         total = out.loss + (out.expected * flows[0]).sum()
     total.backward()
     assert (rows.grad[weights == 0] == 0).all()
-    assert (head.grad is not None) == (name in LINEAR)  # d_weight is where a row left unmasked would end up
+    assert (head.grad is not None) == (name in LINEAR)  # grad_weight is where a row left unmasked would end up
     return [t.detach() for t in (*out, rows.grad, head.grad) if t is not None]
 
 

@@ -192,9 +192,9 @@ def test_compiles_as_one_graph():
 
     arguments = (logits, labels, torch.tensor([1.0, 0, 1, 1, 2, 1]), 0.7, 5.0, 30, False, False, False)
     torch.library.opcheck(token_rows, arguments)
-    _, entropy, _, normaliser = (t.detach() for t in token_rows(*arguments))
+    _, entropy, _, saved_statistics = (t.detach() for t in token_rows(*arguments))
     upstream = tuple(torch.randn(3, 6))
-    backward = (logits.detach(), labels, arguments[2], normaliser, entropy, *upstream, 0.7, 5.0, 30, False)
+    backward = (logits.detach(), labels, arguments[2], saved_statistics, entropy, *upstream, 0.7, 5.0, 30, False)
     torch.library.opcheck(token_rows_backward, backward)
     torch.library.opcheck(token_rows_backward_, backward)
 

@@ -2,10 +2,10 @@
 
 A chunk or block is projected to logits in a buffer, shown to ``visit``, and the gradient that ``visit`` made of it goes
 into two GEMMs before the next one takes its place. With one unit U = 2 N V H operations, a model's projection is 1 U,
-d_hidden and d_weight 1 U each.
+grad_hidden and grad_weight 1 U each.
 
-Over tokens, d_weight is read and written once a chunk, in float32, and rounded by the caller; over ids every block of
-d_weight is made at once and rounded as it is written, and only d_hidden is carried.
+Over tokens, grad_weight is read and written once a chunk, in float32, and rounded by the caller; over ids every block of
+grad_weight is made at once and rounded as it is written, and only grad_hidden is carried.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ def over_ids(
     bias_like: Tensor | None = None,
     unit: Tensor | None = None,
 ) -> Gradients:
-    """Visit all tokens of at most ``most`` ids at a time; d_hidden in the dtype of accumulation.
+    """Visit all tokens of at most ``most`` ids at a time; grad_hidden in the dtype of accumulation.
 
-    d_weight and d_bias are like ``weight_like`` and ``bias_like``, 0 for ids beyond those of the heads.
+    grad_weight and grad_bias are like ``weight_like`` and ``bias_like``, 0 for ids beyond those of the heads.
     ``unit`` is a scalar that all gradients are multiplied by before they are rounded.
     """
     (n_rows, n_features), (vocab, _) = sides.student_hidden.shape, sides.student.weight.shape

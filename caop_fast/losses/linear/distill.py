@@ -80,8 +80,8 @@ class Engine(NamedTuple):
     def mixture(self, student: Tensor, teacher: Tensor, options: Options, found: Rows) -> Tensor:
         """[1, 2, R]: sums of an interior divergence over some ids."""
         if student.shape[1] == 0:
-            return found.normaliser.new_zeros(1, 2, student.shape[0])
-        sums = self.code.mixture_sums(student, teacher, options, found.normaliser)
+            return found.saved_statistics.new_zeros(1, 2, student.shape[0])
+        sums = self.code.mixture_sums(student, teacher, options, found.saved_statistics)
         return sums.sum(0, keepdim=True)
 
     def finish_interior(self, found: Rows, sums: list[Tensor], options: Options) -> Rows:
@@ -89,7 +89,7 @@ class Engine(NamedTuple):
         total = torch.cat(sums)
         if self.layout is not None:
             total = self.layout.gather(total.sum(0))
-        return found._replace(divergence=self.code.finish_mixture(total, found.normaliser, options))
+        return found._replace(divergence=self.code.finish_mixture(total, found.saved_statistics, options))
 
     def gradient(
         self,
@@ -99,7 +99,7 @@ class Engine(NamedTuple):
         weights: Tensor | None,
         options: Options,
         columns: Columns,
-        normaliser: Tensor,
+        saved_statistics: Tensor,
         student_entropy: Tensor,
         out: Tensor,
         **upstream: Tensor | None,
@@ -107,14 +107,14 @@ class Engine(NamedTuple):
         """The gradient of the logits, in ``out``."""
         if student.shape[1] == 0:
             return out
-        upstream = {k: None if v is None else v.to(normaliser.dtype).contiguous() for k, v in upstream.items()}
+        upstream = {k: None if v is None else v.to(saved_statistics.dtype).contiguous() for k, v in upstream.items()}
         return self.code.distillation_gradient(
-            student, teacher, labels, weights, options, columns, normaliser, student_entropy, out=out, **upstream
+            student, teacher, labels, weights, options, columns, saved_statistics, student_entropy, out=out, **upstream
         )
 
     @property
     def token_fields(self) -> int:
-        """Rows of the normaliser of one model's tokens."""
+        """Rows of the saved_statistics of one model's tokens."""
         return 6 if self.triton else 2
 
     def token_statistics(
@@ -126,23 +126,28 @@ class Engine(NamedTuple):
         softcap: float | None,
         columns: Columns,
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """Log-probability, entropy, lse [R] of one model's tokens, and their normaliser."""
+        """Log-probability, entropy, lse [R] of one model's tokens, and their saved_statistics."""
         if self.layout is None:
             return token_rows(logits, labels, weights, temperature, softcap, columns.total, False, self.triton, False)
         state = self.state(logits, logits, labels, Options(0.0, temperature, softcap, softcap), columns)
         merged = self._merge(self.layout.gather(state))
         if self.triton:
             found = on_triton.finished(merged, labels)
-            return found.student_logprob, found.student_entropy, found.student_lse, found.normaliser
+            return found.student_logprob, found.student_entropy, found.student_lse, found.saved_statistics
         found = reference.finish_state(merged, labels)
-        return found.student_logprob, found.student_entropy, found.student_lse, reference.normaliser(merged)[[0, 2]]
+        return (
+            found.student_logprob,
+            found.student_entropy,
+            found.student_lse,
+            reference.saved_statistics(merged)[[0, 2]],
+        )
 
     def token_gradient(
         self,
         logits: Tensor,
         labels: Tensor | None,
         weights: Tensor | None,
-        normaliser: Tensor,
+        saved_statistics: Tensor,
         entropy: Tensor,
         temperature: float,
         softcap: float | None,
@@ -151,7 +156,7 @@ class Engine(NamedTuple):
         **upstream: Tensor | None,
     ) -> Tensor:
         """The gradient of one model's logits, in ``out``."""
-        upstream = {k: None if v is None else v.to(normaliser.dtype).contiguous() for k, v in upstream.items()}
+        upstream = {k: None if v is None else v.to(saved_statistics.dtype).contiguous() for k, v in upstream.items()}
         return self.code.token_gradient(
-            logits, labels, weights, normaliser, entropy, temperature, softcap, columns, out=out, **upstream
+            logits, labels, weights, saved_statistics, entropy, temperature, softcap, columns, out=out, **upstream
         )

@@ -1,6 +1,6 @@
 """Losses whose weights per row are known: their gradients are made in the forward, chunk of tokens by chunk of tokens.
 
-4 units of GEMM work for two models (two projections, d_hidden, d_weight) where recomputing in the backward takes 6.
+4 units of GEMM work for two models (two projections, grad_hidden, grad_weight) where recomputing in the backward takes 6.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from caop_fast.losses.rows import take
 See = Callable[
     [slice, Tensor, "Tensor | None", Tensor, "Tensor | None"], tuple[Sequence["Tensor | None"], "Tensor | None"]
 ]
-# Of the operators made of this: loss, five statistics, d_hidden, d_weight, d_bias, factor.
+# Of the operators made of this: loss, five statistics, grad_hidden, grad_weight, grad_bias, factor.
 OUTPUTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 GRADIENTS, FACTOR = slice(6, 9), 9
 LABELLED = (1, 3)  # statistics that are empty without labels
@@ -42,7 +42,7 @@ def forward_gradients(
 ) -> tuple[Tensor, ...]:
     """Loss, statistics [N], gradients of sum(w D), and the factor that makes them those of the loss.
 
-    Gradients are in the dtype of accumulation, d_weight and d_bias of this rank's ids; empty where not wanted. Rows of
+    Gradients are in the dtype of accumulation, grad_weight and grad_bias of this rank's ids; empty where not wanted. Rows of
     the first statistic, the divergence, are what the loss adds up.
     """
     device, wanted = student.hidden.device, wanted_of(setting)

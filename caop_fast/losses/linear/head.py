@@ -212,26 +212,26 @@ def shift_and_scale(out: Tensor, head: Head) -> Tensor:
     return out if head.scale == 1 else out.mul_(head.scale)
 
 
-def add_hidden_gradient(total: Tensor, d_logits: Tensor, head: Head) -> None:
-    """``total`` += d_logits W, [R, H]: the gradient of hidden states when ``d_logits`` [R, V] is that of hidden W^T."""
-    if keeps_accumulator(d_logits.device, head.operand, total.dtype):
-        add_product(total, d_logits.to(head.operand), head.weight)
+def add_hidden_gradient(total: Tensor, grad_logits: Tensor, head: Head) -> None:
+    """``total`` += grad_logits W, [R, H]: the gradient of hidden states when ``grad_logits`` [R, V] is that of hidden W^T."""
+    if keeps_accumulator(grad_logits.device, head.operand, total.dtype):
+        add_product(total, grad_logits.to(head.operand), head.weight)
         return
-    d_logits = d_logits.to(head.result)
+    grad_logits = grad_logits.to(head.result)
     for rows, weight in head_blocks(head):
         if total.dtype == head.result:
-            total.addmm_(d_logits[:, rows], weight)
+            total.addmm_(grad_logits[:, rows], weight)
         else:
-            total.add_(torch.mm(d_logits[:, rows], weight))
+            total.add_(torch.mm(grad_logits[:, rows], weight))
 
 
-def add_weight_gradient(total: Tensor, d_logits: Tensor, hidden: Tensor, head: Head) -> None:
-    """``total`` += d_logits^T hidden, [V, H] in float32 (float64)."""
+def add_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor, head: Head) -> None:
+    """``total`` += grad_logits^T hidden, [V, H] in float32 (float64)."""
     hidden = hidden.to(head.operand)
     if keeps_accumulator(hidden.device, head.operand, total.dtype):
-        add_product(total, d_logits.to(head.operand).t(), hidden)
+        add_product(total, grad_logits.to(head.operand).t(), hidden)
     else:
-        total.addmm_(d_logits.to(total.dtype).t(), hidden.to(total.dtype))
+        total.addmm_(grad_logits.to(total.dtype).t(), hidden.to(total.dtype))
 
 
 def add_product(total: Tensor, first: Tensor, second: Tensor) -> None:

@@ -1,7 +1,7 @@
 """A vocabulary cut by rows over a process group: who holds which ids, and what the ranks tell each other.
 
 Every rank holds the same tokens, rows [first, first + width) of both heads, and makes the same calls in the same order.
-Per token, 48 bytes of state are gathered, and d_hidden is summed over the ranks once; see ``reference/states.py``.
+Per token, 48 bytes of state are gathered, and grad_hidden is summed over the ranks once; see ``reference/states.py``.
 """
 
 from __future__ import annotations

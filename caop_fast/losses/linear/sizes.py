@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-# Bytes of logits of all sides per chunk of tokens. Each chunk reads and writes all of d_weight once, so chunks are
-# larger where d_weight is wanted.
+# Bytes of logits of all sides per chunk of tokens. Each chunk reads and writes all of grad_weight once, so chunks are
+# larger where grad_weight is wanted.
 CPU_CHUNK_BYTES = 240 << 20
 DEVICE_CHUNK_BYTES = 1280 << 20
 DEVICE_CHUNK_BYTES_WITH_WEIGHT_GRADIENT = 2560 << 20

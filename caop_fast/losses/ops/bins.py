@@ -86,7 +86,7 @@ def soft_ece_gradient(
     correct: Tensor,
     weights: Tensor | None,
     signs: Tensor,
-    d_error: Tensor,
+    grad_error: Tensor,
     n_bins: int,
     temperature: float,
     triton: bool,
@@ -94,11 +94,11 @@ def soft_ece_gradient(
     """Gradient [N] of ``confidence``, in its dtype, for the upstream gradient [1]."""
     if triton:
         return importlib.import_module("caop_kernels.bins").soft_calibration_gradient(
-            confidence, correct, signs, d_error, n_bins=n_bins, temperature=temperature, weights=weights
+            confidence, correct, signs, grad_error, n_bins=n_bins, temperature=temperature, weights=weights
         )
     out = torch.empty_like(confidence, memory_format=torch.contiguous_format)
     for rows, columns in _clean_blocks(confidence, correct, weights, n_bins, signs.dtype):
-        gradient = d_error * reference.soft_gradient(*columns, signs, temperature)
+        gradient = grad_error * reference.soft_gradient(*columns, signs, temperature)
         out[rows] = torch.where(columns[2] == 0, 0.0, gradient).to(out.dtype)
     return out
 
@@ -122,8 +122,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_error: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    gradient = None if d_error is None else soft_ece_gradient(*ctx.saved_tensors, d_error, *ctx.settings)
+def _backward(ctx: Any, grad_error: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    gradient = None if grad_error is None else soft_ece_gradient(*ctx.saved_tensors, grad_error, *ctx.settings)
     return gradient, *(None,) * 6
 
 

@@ -10,7 +10,7 @@ from caop_fast.losses import checks
 from caop_fast.losses.reference import confidence as reference
 from caop_fast.losses.rows import row_blocks
 
-NORMALISER_FIELDS = 3
+SAVED_FIELDS = 3
 LOGPROB_SLACK = 1e-3  # rounding may take an honest log-probability this far above 0
 ONCE = "the confidence losses can be differentiated once: double backward through them is not supported"
 
@@ -67,7 +67,7 @@ def confidence_rows(
             output[rows] = column
     if weights is not None:
         outputs = [output.masked_fill_(weights == 0, 0) for output in outputs]
-    return (*outputs, source.new_empty((NORMALISER_FIELDS, 0), dtype=dtype))
+    return (*outputs, source.new_empty((SAVED_FIELDS, 0), dtype=dtype))
 
 
 @confidence_rows.register_fake
@@ -75,7 +75,7 @@ def _(source, ids, values, target, weights, kind, outside_weight, eps, temperatu
     dtype, n_rows = checks.statistics_dtype((source,)), source.shape[0]
     columns = [source.new_empty(n_rows, dtype=dtype) for _ in reference.Scores._fields]
     saved = n_rows if triton and ids is not None else 0
-    return (*columns, source.new_empty((NORMALISER_FIELDS, saved), dtype=dtype))
+    return (*columns, source.new_empty((SAVED_FIELDS, saved), dtype=dtype))
 
 
 @torch.library.custom_op("caop_fast::confidence_gradient", mutates_args=())
@@ -85,11 +85,11 @@ def confidence_gradient(
     values: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    normaliser: Tensor,
-    d_loss: Tensor | None,
-    d_expected: Tensor | None,
-    d_variance: Tensor | None,
-    d_outside: Tensor | None,
+    saved_statistics: Tensor,
+    grad_loss: Tensor | None,
+    grad_expected: Tensor | None,
+    grad_variance: Tensor | None,
+    grad_outside: Tensor | None,
     kind: str,
     outside_weight: float,
     eps: float,
@@ -106,7 +106,7 @@ def confidence_gradient(
             ids,
             values,
             target,
-            normaliser,
+            saved_statistics,
             kind=kind,
             outside_weight=outside_weight,
             weights=weights,
@@ -114,10 +114,10 @@ def confidence_gradient(
             softcap=softcap,
             vocab_size=vocab,
             eps=eps,
-            d_loss=d_loss,
-            d_expected=d_expected,
-            d_variance=d_variance,
-            d_outside=d_outside,
+            grad_loss=grad_loss,
+            grad_expected=grad_expected,
+            grad_variance=grad_variance,
+            grad_outside=grad_outside,
         )
     options = reference.Options(kind, outside_weight, eps, temperature, softcap)
     index = live_index(weights)
@@ -125,7 +125,7 @@ def confidence_gradient(
     if index is not None:
         out.zero_()
     for rows in row_blocks(source.shape[0], vocab, source.device, index):
-        upstream = [None if up is None else up[rows] for up in (d_loss, d_expected, d_variance, d_outside)]
+        upstream = [None if up is None else up[rows] for up in (grad_loss, grad_expected, grad_variance, grad_outside)]
         if ids is None:
             out[rows] = reference.logprob_gradient(source[rows].to(dtype), values, target[rows], options, upstream).to(
                 out.dtype
@@ -147,18 +147,18 @@ def _(source, *_):
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     source, ids, values, target, weights, *settings, _ = inputs
-    normaliser = output[-1]
-    ctx.save_for_backward(source, ids, values, target, weights, normaliser)
+    saved_statistics = output[-1]
+    ctx.save_for_backward(source, ids, values, target, weights, saved_statistics)
     ctx.settings = settings
-    ctx.mark_non_differentiable(normaliser)
+    ctx.mark_non_differentiable(saved_statistics)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    *d_scores, _ = upstream
+    *grad_scores, _ = upstream
     gradient = None
-    if any(d is not None for d in d_scores):
-        gradient = confidence_gradient(*ctx.saved_tensors, *d_scores, *ctx.settings)
+    if any(d is not None for d in grad_scores):
+        gradient = confidence_gradient(*ctx.saved_tensors, *grad_scores, *ctx.settings)
     return gradient, *(None,) * (len(ctx.settings) + 5)
 
 

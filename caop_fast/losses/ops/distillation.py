@@ -32,8 +32,8 @@ def distillation_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Logits [N, V_s], [N, V_t] to divergence, student_logprob, student_entropy, teacher_logprob, teacher_entropy [N].
 
-    The log-probabilities are empty without labels. The last two outputs are for the gradient: ``Rows.normaliser`` and
-    whether it has to be careful. Labels int64, weights and beta_rows in the dtype of the statistics. ``inplace`` is
+    The log-probabilities are empty without labels. The last two outputs are for the gradient: ``Rows.saved_statistics`` and
+    whether a logit is -inf. Labels int64, weights and beta_rows in the dtype of the statistics. ``inplace`` is
     about the backward.
     """
     if validate:
@@ -53,8 +53,8 @@ def distillation_rows(
         found.student_entropy,
         empty[1] if found.teacher_logprob is None else found.teacher_logprob,
         found.teacher_entropy,
-        found.normaliser,
-        student.new_full((0 if triton else 1,), found.careful, dtype=torch.bool),
+        found.saved_statistics,
+        student.new_full((0 if triton else 1,), found.has_neg_inf, dtype=torch.bool),
     )
 
 
@@ -90,12 +90,12 @@ def distillation_gradient(
     labels: Tensor | None,
     weights: Tensor | None,
     beta_rows: Tensor | None,
-    normaliser: Tensor,
+    saved_statistics: Tensor,
     student_entropy: Tensor,
-    careful: Tensor,
-    d_divergence: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
+    has_neg_inf: Tensor,
+    grad_divergence: Tensor | None,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
     beta: float,
     temperature: float,
     student_softcap: float | None,
@@ -108,16 +108,20 @@ def distillation_gradient(
     """Gradient of the student's logits, [N, V_s] in their dtype, for what flows into the outputs, [N] each or None."""
     options = Options(beta if beta_rows is None else beta_rows, temperature, student_softcap, teacher_softcap)
     upstream = {
-        name: None if value is None else value.to(normaliser.dtype).contiguous()
-        for name, value in (("d_divergence", d_divergence), ("d_logprob", d_logprob), ("d_entropy", d_entropy))
+        name: None if value is None else value.to(saved_statistics.dtype).contiguous()
+        for name, value in (
+            ("grad_divergence", grad_divergence),
+            ("grad_logprob", grad_logprob),
+            ("grad_entropy", grad_entropy),
+        )
     }
     columns = rows.Columns.whole(vocab)
-    arguments = (student, teacher, labels, weights, options, columns, normaliser, student_entropy)
+    arguments = (student, teacher, labels, weights, options, columns, saved_statistics, student_entropy)
     out = student if inplace else None
     if triton:
         return on_triton.distillation_gradient(*arguments, out=out, **upstream)
-    careful = student.device.type != "cpu" or bool(careful)  # elsewhere to look would make the host wait
-    return rows.distillation_gradient(*arguments, careful=careful, out=out, **upstream)
+    has_neg_inf = student.device.type != "cpu" or bool(has_neg_inf)  # elsewhere to look would make the host wait
+    return rows.distillation_gradient(*arguments, has_neg_inf=has_neg_inf, out=out, **upstream)
 
 
 gradient = gradient_operators("distillation_rows_backward", distillation_gradient, once=ONCE)

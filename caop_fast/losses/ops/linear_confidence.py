@@ -24,8 +24,8 @@ from caop_fast.losses.linear.call import (
 )
 from caop_fast.losses.linear.selection import Selection
 from caop_fast.losses.ops.confidence import (
-    NORMALISER_FIELDS,
     ONCE,
+    SAVED_FIELDS,
     check_values,
     confidence_gradient,
     confidence_rows,
@@ -42,7 +42,7 @@ SIDES_AND_SCRATCH = 2  # the gradient of a chunk lies beside its logits
 
 
 def confidence_forward(*inputs: Any) -> tuple[Tensor, ...]:
-    """Loss, expected value, variance, outside mass, [N] each, and the normaliser."""
+    """Loss, expected value, variance, outside mass, [N] each, and the saved_statistics."""
     student = Side(*inputs[:N_SIDE])
     ids, values, target, weights, kind, outside_weight, eps, temperature, *rest = inputs[N_SIDE:]
     setting = Setting(*rest)
@@ -58,7 +58,7 @@ def confidence_forward(*inputs: Any) -> tuple[Tensor, ...]:
         sides = open_sides(student, None, selection, setting)
         new = student.hidden.new_zeros
         found = [new(selection.count, dtype=dtype) for _ in range(4)]
-        saved = new((NORMALISER_FIELDS, selection.count if setting.triton else 0), dtype=work)
+        saved = new((SAVED_FIELDS, selection.count if setting.triton else 0), dtype=work)
 
         def visit(tokens: slice, s: Tensor, _: None, __: Tensor) -> None:
             logits = s if layout is None else layout.gather_columns(s)
@@ -80,13 +80,13 @@ def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     student, (_, values, *_), setting = Side(*inputs[:N_SIDE]), inputs[N_SIDE:], Setting(*inputs[N_SIDE + 8 :])
     new, n_rows = student.hidden.new_empty, student.hidden.shape[0]
     found = [new(n_rows, dtype=values.dtype) for _ in range(4)]
-    return (*found, new((NORMALISER_FIELDS, n_rows if setting.triton else 0), dtype=setting.statistics))
+    return (*found, new((SAVED_FIELDS, n_rows if setting.triton else 0), dtype=setting.statistics))
 
 
 def confidence_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """d_hidden, d_weight, d_bias in the dtypes of what they belong to; empty where not wanted.
+    """grad_hidden, grad_weight, grad_bias in the dtypes of what they belong to; empty where not wanted.
 
-    After the forward's inputs come its normaliser, and what flows into its four scores.
+    After the forward's inputs come its saved_statistics, and what flows into its four scores.
     """
     student = Side(*inputs[:N_SIDE])
     ids, values, target, weights, kind, outside_weight, eps, temperature, *rest = inputs[N_SIDE:]
@@ -98,7 +98,7 @@ def confidence_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     saved = saved if selection.live is None or not setting.triton else saved[:, selection.live]
     device, dtype, work = student.hidden.device, values.dtype, setting.statistics
     values, target = values.to(work), target.to(work)
-    names = ("d_loss", "d_expected", "d_variance", "d_outside")
+    names = ("grad_loss", "grad_expected", "grad_variance", "grad_outside")
     flowing, unit = row_flows(names, flows, student, work, selection)
     settings = (kind, outside_weight, eps, temperature, student.softcap, vocab, setting.triton)
     with no_autocast(device):
@@ -137,7 +137,7 @@ linear_confidence_backward = torch.library.custom_op(
     "caop_fast::linear_confidence_backward",
     confidence_backward,
     mutates_args=(),
-    schema=f"({SCHEMA}, Tensor normaliser, Tensor? d_loss, Tensor? d_expected, Tensor? d_variance, Tensor? d_outside)"
+    schema=f"({SCHEMA}, Tensor saved_statistics, Tensor? grad_loss, Tensor? grad_expected, Tensor? grad_variance, Tensor? grad_outside)"
     " -> (Tensor, Tensor, Tensor)",
 )
 linear_confidence_backward.register_fake(_fake_backward)

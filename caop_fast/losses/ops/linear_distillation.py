@@ -64,8 +64,8 @@ def distill(*inputs: Any) -> tuple[Tensor, ...]:
             seen = engine.statistics(s, t, some_labels, some_mask, some_options, columns)
             if flow is not None:
                 gradient = engine.gradient(
-                    s, t, some_labels, some_mask, some_options, columns, seen.normaliser, seen.student_entropy, target,
-                    d_divergence=flow, d_logprob=None, d_entropy=None,
+                    s, t, some_labels, some_mask, some_options, columns, seen.saved_statistics, seen.student_entropy, target,
+                    grad_divergence=flow, grad_logprob=None, grad_entropy=None,
                 )  # fmt: skip
         return [getattr(seen, name) for name in FIELDS], gradient
 

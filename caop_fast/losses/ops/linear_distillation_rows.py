@@ -31,11 +31,11 @@ from caop_fast.losses.reference.divergence import Options
 from caop_fast.losses.rows import Rows, take, take_options
 
 SCHEMA = f"{Side.schema('student')}, {Side.schema('teacher')}, {ROWS_SCHEMA}, {Setting.SCHEMA}"
-NORMALISER_FIELDS = 6
+SAVED_FIELDS = 6
 
 
 def rows_forward(*inputs: Any) -> tuple[Tensor, ...]:
-    """The five statistics [N] (log-probabilities are empty without labels), and the normaliser [6, N]."""
+    """The five statistics [N] (log-probabilities are empty without labels), and the saved_statistics [6, N]."""
     student, teacher, (labels, weights, beta_rows, beta, temperature), rest = split(inputs)
     setting = Setting(*rest)
     check_rows(labels, weights, beta_rows, setting)
@@ -50,14 +50,16 @@ def rows_forward(*inputs: Any) -> tuple[Tensor, ...]:
         if setting.small:
             found = _statistics_over_ids(engine, sides, live_labels, options, setting)
             columns = [getattr(found, name) for name in FIELDS]
-            normaliser = found.normaliser
+            saved_statistics = found.saved_statistics
         else:
             most = setting.tokens_at_a_time(2, device, weight_gradient=False)
-            columns, normaliser = _statistics_over_tokens(engine, sides, live_labels, mask, options, setting, most)
+            columns, saved_statistics = _statistics_over_tokens(
+                engine, sides, live_labels, mask, options, setting, most
+            )
         if labels is None:
             columns[1] = columns[3] = None
         spread = [student.hidden.new_empty(0, dtype=dtype) if c is None else selection.spread(c) for c in columns]
-        return (*spread, torch.stack([selection.spread(row) for row in normaliser]))
+        return (*spread, torch.stack([selection.spread(row) for row in saved_statistics]))
 
 
 def _statistics_over_tokens(
@@ -72,7 +74,7 @@ def _statistics_over_tokens(
     new = sides.student_hidden.new_zeros
     n_rows = sides.student_hidden.shape[0]
     found = [new(n_rows, dtype=engine.dtype) for _ in FIELDS]
-    normaliser = new((NORMALISER_FIELDS, n_rows), dtype=engine.dtype)
+    saved_statistics = new((SAVED_FIELDS, n_rows), dtype=engine.dtype)
 
     def visit(tokens: slice, s: Tensor, t: Tensor, _: Tensor) -> None:
         seen = engine.statistics(
@@ -81,10 +83,10 @@ def _statistics_over_tokens(
         for name, column in zip(FIELDS, found, strict=True):
             if (value := getattr(seen, name)) is not None:
                 column[tokens] = value
-        normaliser[:, tokens] = seen.normaliser
+        saved_statistics[:, tokens] = seen.saved_statistics
 
     over_tokens(sides, visit, most=most, wanted=Wanted(), narrow_gradient=False)
-    return found, normaliser
+    return found, saved_statistics
 
 
 def _statistics_over_ids(
@@ -120,17 +122,17 @@ def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     new = student.hidden.new_empty
     label_rows = 0 if labels is None else n_rows
     found = [new(n, dtype=dtype) for n in (n_rows, label_rows, n_rows, label_rows, n_rows)]
-    return (*found, new((NORMALISER_FIELDS, n_rows), dtype=dtype))
+    return (*found, new((SAVED_FIELDS, n_rows), dtype=dtype))
 
 
 def rows_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """d_hidden [N, H], d_weight, d_bias, in the dtypes of what they belong to; empty where not wanted.
+    """grad_hidden [N, H], grad_weight, grad_bias, in the dtypes of what they belong to; empty where not wanted.
 
-    After the forward's inputs come its normaliser and student_entropy, and what flows into divergence, student_logprob
+    After the forward's inputs come its saved_statistics and student_entropy, and what flows into divergence, student_logprob
     and student_entropy, [N] each or None.
     """
     student, teacher, (labels, weights, beta_rows, beta, temperature), rest = split(inputs)
-    normaliser, entropy, *flows = rest[len(Setting._fields) :]
+    saved_statistics, entropy, *flows = rest[len(Setting._fields) :]
     setting = Setting(*rest[: len(Setting._fields)])
     wanted = wanted_of(setting)
     selection = Selection.of(weights, student.hidden.shape[0])
@@ -139,19 +141,19 @@ def rows_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(beta, temperature, student.softcap, teacher.softcap)
     live_labels, mask = selection.take(labels), selection.mask(weights)
     if selection.live is not None:
-        normaliser, entropy = normaliser[:, selection.live], entropy[selection.live]
-    names = ("d_divergence", "d_logprob", "d_entropy")
+        saved_statistics, entropy = saved_statistics[:, selection.live], entropy[selection.live]
+    names = ("grad_divergence", "grad_logprob", "grad_entropy")
     flows, unit = row_flows(names, flows, student, engine.dtype, selection)
     device = student.hidden.device
     with no_autocast(device):
         sides = open_sides(student, teacher, selection, setting)
-        reads_teacher = flows["d_divergence"] is not None
+        reads_teacher = flows["grad_divergence"] is not None
         if not reads_teacher:
             sides = sides._replace(teacher_hidden=None, teacher=None)
 
         def visit(ids: slice, s: Tensor, t: Tensor | None, target: Tensor) -> Tensor:
             return engine.gradient(
-                s, s if t is None else t, live_labels, mask, options, setting.columns.within(ids), normaliser,
+                s, s if t is None else t, live_labels, mask, options, setting.columns.within(ids), saved_statistics,
                 entropy, target, **flows,
             )  # fmt: skip
 
@@ -180,8 +182,8 @@ linear_distillation_rows_backward = torch.library.custom_op(
     "caop_fast::linear_distillation_rows_backward",
     rows_backward,
     mutates_args=(),
-    schema=f"({SCHEMA}, Tensor normaliser, Tensor student_entropy, Tensor? d_divergence, Tensor? d_logprob, "
-    "Tensor? d_entropy) -> (Tensor, Tensor, Tensor)",
+    schema=f"({SCHEMA}, Tensor saved_statistics, Tensor student_entropy, Tensor? grad_divergence, Tensor? grad_logprob, "
+    "Tensor? grad_entropy) -> (Tensor, Tensor, Tensor)",
 )
 linear_distillation_rows_backward.register_fake(_fake_backward)
 recomputed_by(

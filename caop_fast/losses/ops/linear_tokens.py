@@ -29,7 +29,7 @@ SCHEMA = f"{Side.schema('student')}, Tensor? labels, Tensor? weights, float temp
 
 
 def tokens_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logprob (empty without labels), entropy, lse, [N] each, and the normaliser."""
+    """Logprob (empty without labels), entropy, lse, [N] each, and the saved_statistics."""
     student = Side(*inputs[:N_SIDE])
     labels, weights, temperature, *rest = inputs[N_SIDE:]
     setting = Setting(*rest)
@@ -45,7 +45,7 @@ def tokens_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sides = open_sides(student, None, selection, setting)
         new = student.hidden.new_zeros
         found = [new(selection.count, dtype=dtype) for _ in range(3)]
-        normaliser = new((engine.token_fields, selection.count), dtype=dtype)
+        saved_statistics = new((engine.token_fields, selection.count), dtype=dtype)
 
         def visit(tokens: slice, s: Tensor, _: None, __: Tensor) -> None:
             *seen, known = engine.token_statistics(
@@ -54,14 +54,14 @@ def tokens_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             for column, value in zip(found, seen, strict=True):
                 if value is not None and value.numel():
                     column[tokens] = value
-            normaliser[:, tokens] = known
+            saved_statistics[:, tokens] = known
 
         most = setting.tokens_at_a_time(1, device, weight_gradient=False)
         over_tokens(sides, visit, most=most, wanted=Wanted(), narrow_gradient=False)
         spread = [selection.spread(column) for column in found]
     if labels is None:
         spread[0] = spread[0].new_empty(0)
-    return (*spread, torch.stack([selection.spread(row) for row in normaliser]))
+    return (*spread, torch.stack([selection.spread(row) for row in saved_statistics]))
 
 
 def _fake(*inputs: Any) -> tuple[Tensor, ...]:
@@ -74,28 +74,28 @@ def _fake(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def tokens_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """d_hidden, d_weight, d_bias in the dtypes of what they belong to; empty where not wanted.
+    """grad_hidden, grad_weight, grad_bias in the dtypes of what they belong to; empty where not wanted.
 
-    After the forward's inputs come its normaliser and entropy, and what flows into logprob, entropy and lse.
+    After the forward's inputs come its saved_statistics and entropy, and what flows into logprob, entropy and lse.
     """
     student = Side(*inputs[:N_SIDE])
     labels, weights, temperature, *rest = inputs[N_SIDE:]
     n_setting = len(Setting._fields)
-    setting, (normaliser, entropy, *flows) = Setting(*rest[:n_setting]), rest[n_setting:]
+    setting, (saved_statistics, entropy, *flows) = Setting(*rest[:n_setting]), rest[n_setting:]
     dtype, device = checks.statistics_dtype(student[:3]), student.hidden.device
     engine = Engine(dtype, setting.triton, setting.layout)
     selection = Selection.of(weights, student.hidden.shape[0])
     live_labels, mask = selection.take(labels), selection.mask(weights)
     if selection.live is not None:
-        normaliser, entropy = normaliser[:, selection.live], entropy[selection.live]
-    names = ("d_logprob", "d_entropy", "d_lse")
+        saved_statistics, entropy = saved_statistics[:, selection.live], entropy[selection.live]
+    names = ("grad_logprob", "grad_entropy", "grad_lse")
     flowing, unit = row_flows(names, flows, student, dtype, selection)
     with no_autocast(device):
         sides = open_sides(student, None, selection, setting)
 
         def visit(ids: slice, s: Tensor, _: None, target: Tensor) -> Tensor:
             return engine.token_gradient(
-                s, live_labels, mask, normaliser, entropy, temperature, student.softcap, setting.columns.within(ids),
+                s, live_labels, mask, saved_statistics, entropy, temperature, student.softcap, setting.columns.within(ids),
                 target, **flowing,
             )  # fmt: skip
 
@@ -124,7 +124,7 @@ linear_tokens_backward = torch.library.custom_op(
     "caop_fast::linear_tokens_backward",
     tokens_backward,
     mutates_args=(),
-    schema=f"({SCHEMA}, Tensor normaliser, Tensor entropy, Tensor? d_logprob, Tensor? d_entropy, Tensor? d_lse)"
+    schema=f"({SCHEMA}, Tensor saved_statistics, Tensor entropy, Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse)"
     " -> (Tensor, Tensor, Tensor)",
 )
 linear_tokens_backward.register_fake(_fake_backward)

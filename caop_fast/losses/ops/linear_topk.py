@@ -44,11 +44,11 @@ def topk(*inputs: Any) -> tuple[Tensor, ...]:
     ) -> tuple[Sequence[Tensor], Tensor | None]:
         logits = s if layout is None else layout.gather_columns(s)
         some = [take(t, tokens) for t in per_row]
-        *seen, normaliser = topk_rows(logits, *some, *scalars, False, setting.triton, False)
+        *seen, saved_statistics = topk_rows(logits, *some, *scalars, False, setting.triton, False)
         if flow is None:
             return seen, None
-        flow = flow.to(normaliser.dtype)
-        topk_gradient_(logits, *some, normaliser, seen[2], flow, None, None, *scalars, setting.triton)
+        flow = flow.to(saved_statistics.dtype)
+        topk_gradient_(logits, *some, saved_statistics, seen[2], flow, None, None, *scalars, setting.triton)
         gradient = logits if layout is None else setting.columns.of(logits)
         return seen, gradient if target is s else target.copy_(gradient)
 

@@ -56,14 +56,14 @@ def scaled_by_loss(operator: Any, *, gradients: slice, factor: int) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
-    def backward(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         nothing = (None,) * (ctx.n_inputs - 3)
-        if d_loss is None:
+        if grad_loss is None:
             return None, None, None, *nothing
         *made, scale = ctx.saved_tensors
         # Under create_graph=True going on from these gradients must be an error, not a derivative of 0.
         anchor = torch.zeros((), requires_grad=True) if torch.is_grad_enabled() else None
-        scale = d_loss * scale
+        scale = grad_loss * scale
         found = [
             scaled_gradient(total, scale, *like, anchor) if needed else None
             for total, like, needed in zip(made, ctx.like, ctx.needs_input_grad, strict=False)

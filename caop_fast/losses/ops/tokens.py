@@ -30,7 +30,7 @@ def token_rows(
     dtype = checks.statistics_dtype((logits,))
     if triton:
         found = on_triton.token_rows(logits, labels, weights, temperature, softcap, vocab)
-        logprob, entropy, lse, normaliser = found
+        logprob, entropy, lse, saved_statistics = found
     else:
         n_rows = logits.shape[0]
         live, dead = live_rows(weights)
@@ -49,8 +49,8 @@ def token_rows(
             None if parts[0] is None else spread(torch.cat(parts), n_rows, live, dead)
             for parts in zip(*blocks, strict=True)
         )
-        normaliser = torch.stack([shift, total])
-    return logits.new_empty(0, dtype=dtype) if logprob is None else logprob, entropy, lse, normaliser
+        saved_statistics = torch.stack([shift, total])
+    return logits.new_empty(0, dtype=dtype) if logprob is None else logprob, entropy, lse, saved_statistics
 
 
 @token_rows.register_fake
@@ -77,11 +77,11 @@ def token_gradient_rows(
     logits: Tensor,
     labels: Tensor | None,
     weights: Tensor | None,
-    normaliser: Tensor,
+    saved_statistics: Tensor,
     entropy: Tensor,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    d_lse: Tensor | None,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
     temperature: float,
     softcap: float | None,
     vocab: int,
@@ -91,15 +91,15 @@ def token_gradient_rows(
 ) -> Tensor:
     """Gradient of the logits, [N, V] in their dtype, for what flows into the outputs, [N] each or None."""
     upstream = {
-        name: None if value is None else value.to(normaliser.dtype).contiguous()
-        for name, value in (("d_logprob", d_logprob), ("d_entropy", d_entropy), ("d_lse", d_lse))
+        name: None if value is None else value.to(saved_statistics.dtype).contiguous()
+        for name, value in (("grad_logprob", grad_logprob), ("grad_entropy", grad_entropy), ("grad_lse", grad_lse))
     }
     run = on_triton.token_gradient if triton else rows.token_gradient
     return run(
         logits,
         labels,
         weights,
-        normaliser,
+        saved_statistics,
         entropy,
         temperature,
         softcap,

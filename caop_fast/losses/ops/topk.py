@@ -19,7 +19,7 @@ from caop_fast.losses.rows import live_rows, row_blocks, take
 # A log-sum-exp in float32 is rounded by up to 5e-4 for logits up to 1e4, so honest log-probabilities may exceed 0 by
 # that much.
 LOGPROB_SLACK = 1e-3
-NORMALISER_FIELDS = len(reference.Normaliser._fields)
+SAVED_FIELDS = len(reference.SavedStatistics._fields)
 
 
 @torch.library.custom_op("caop_fast::topk_rows", mutates_args=())
@@ -39,7 +39,7 @@ def topk_rows(
     triton: bool,
     validate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Divergence, student log-probability and entropy, teacher log-probability and entropy [N], and the normaliser.
+    """Divergence, student log-probability and entropy, teacher log-probability and entropy [N], and the saved_statistics.
 
     student [N, >= vocab], ids and logprobs [N, k], labels [N] int64, weights and beta_rows [N] in the statistics dtype.
     Rows of weight 0 hold 0. Without labels both log-probabilities are empty. ``beta_rows`` replaces ``beta``;
@@ -66,7 +66,7 @@ def topk_rows(
     outputs = [student.new_zeros(n_rows, dtype=dtype) for _ in reference.Statistics._fields]
     if labels is None:
         outputs[1], outputs[3] = outputs[1][:0].clone(), outputs[3][:0].clone()
-    normaliser = student.new_zeros(NORMALISER_FIELDS, n_rows, dtype=dtype)
+    saved_statistics = student.new_zeros(SAVED_FIELDS, n_rows, dtype=dtype)
     live, _ = live_rows(weights)  # on the CPU rows of weight 0 are left out; elsewhere that would need a sync
     for rows in row_blocks(n_rows, vocab, student.device, live):
         options = reference.Options(tail, _block_beta(beta, beta_rows, rows), temperature, softcap)
@@ -77,10 +77,10 @@ def topk_rows(
         for output, column in zip(outputs, statistics, strict=True):
             if column is not None:
                 output[rows] = column.view(-1)
-        normaliser[:, rows] = torch.cat(norm, -1).t()
+        saved_statistics[:, rows] = torch.cat(norm, -1).t()
     if weights is not None:
         outputs = [out.masked_fill_(weights == 0, 0) if out.numel() else out for out in outputs]
-    return (*outputs, normaliser)
+    return (*outputs, saved_statistics)
 
 
 @topk_rows.register_fake
@@ -91,8 +91,8 @@ def _(
     n_rows, dtype = student.shape[0], checks.statistics_dtype((student, logprobs))
     column = [student.new_empty(n_rows, dtype=dtype) for _ in range(3)]
     logprob = [student.new_empty(0 if labels is None else n_rows, dtype=dtype) for _ in range(2)]
-    normaliser = student.new_empty((NORMALISER_FIELDS, n_rows), dtype=dtype)
-    return column[0], logprob[0], column[1], logprob[1], column[2], normaliser
+    saved_statistics = student.new_empty((SAVED_FIELDS, n_rows), dtype=dtype)
+    return column[0], logprob[0], column[1], logprob[1], column[2], saved_statistics
 
 
 def topk_logit_gradient(
@@ -102,11 +102,11 @@ def topk_logit_gradient(
     labels: Tensor | None,
     weights: Tensor | None,
     beta_rows: Tensor | None,
-    normaliser: Tensor,
+    saved_statistics: Tensor,
     entropy: Tensor,
-    d_divergence: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
+    grad_divergence: Tensor | None,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
     tail: str,
     beta: float,
     temperature: float,
@@ -117,7 +117,7 @@ def topk_logit_gradient(
     inplace: bool,
 ) -> Tensor:
     """Gradient [N, V] in the dtype of ``student``, for upstream gradients [N] of the first three outputs."""
-    upstream = {"d_divergence": d_divergence, "d_logprob": d_logprob, "d_entropy": d_entropy}
+    upstream = {"grad_divergence": grad_divergence, "grad_logprob": grad_logprob, "grad_entropy": grad_entropy}
     if triton:
         packed = unit_columns(student)
         found = importlib.import_module("caop_kernels.topk_gradient").topk_gradient(
@@ -125,7 +125,7 @@ def topk_logit_gradient(
             ids,
             logprobs,
             labels,
-            normaliser,
+            saved_statistics,
             entropy,
             weights=weights,
             beta=beta if beta_rows is None else beta_rows,
@@ -141,13 +141,13 @@ def topk_logit_gradient(
     live, _ = live_rows(weights)
     for rows in row_blocks(student.shape[0], vocab, student.device, live):
         options = reference.Options(tail, _block_beta(beta, beta_rows, rows), temperature, softcap)
-        listed = reference.list_teacher(ids[rows], logprobs[rows], vocab, normaliser.dtype)
+        listed = reference.list_teacher(ids[rows], logprobs[rows], vocab, saved_statistics.dtype)
         opened = reference.open_rows(
-            student[rows, :vocab], listed, options, normaliser.dtype, slope=softcap is not None
+            student[rows, :vocab], listed, options, saved_statistics.dtype, slope=softcap is not None
         )
         gradient = reference.logit_gradient(
             opened,
-            reference.Normaliser(*normaliser[:, rows].unsqueeze(-1)),
+            reference.SavedStatistics(*saved_statistics[:, rows].unsqueeze(-1)),
             entropy[rows].view(-1, 1),
             listed,
             take(labels, rows),

@@ -107,26 +107,26 @@ def slopes(
     log_p: Tensor, values: Tensor, target: Tensor, options: Options, upstream: list[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(s [R, C], h [R, 1], q [R, C], log P [R, 1]) for what flows into the four scores, [R] each or None."""
-    d_loss, d_expected, d_variance, d_outside = (None if d is None else d.unsqueeze(-1) for d in upstream)
+    grad_loss, grad_expected, grad_variance, grad_outside = (None if d is None else d.unsqueeze(-1) for d in upstream)
     log_inside = log_mass(log_p)
     q = log_p.softmax(-1)
     expected = (q * values).sum(-1, keepdim=True)
     deviation = values - expected
     s, h = torch.zeros_like(q), torch.zeros_like(expected)
-    if d_loss is not None:
+    if grad_loss is not None:
         target = target.unsqueeze(-1)
         slope = _score_slopes(options.kind, q, expected, values, target, options.eps)
         # A NaN target does no harm to the other outputs where nothing flows into the loss.
-        s = s + torch.where(d_loss == 0, 0.0, d_loss * slope)
-        h = h - options.outside_weight * d_loss
-    if d_expected is not None:
-        s = s + d_expected * q * deviation
-    if d_variance is not None:
+        s = s + torch.where(grad_loss == 0, 0.0, grad_loss * slope)
+        h = h - options.outside_weight * grad_loss
+    if grad_expected is not None:
+        s = s + grad_expected * q * deviation
+    if grad_variance is not None:
         variance = (q * deviation**2).sum(-1, keepdim=True)
-        s = s + d_variance * q * (deviation**2 - variance)
-    if d_outside is not None:  # where rounding takes P above 1, the outside mass is 0 and stays so
+        s = s + grad_variance * q * (deviation**2 - variance)
+    if grad_outside is not None:  # where rounding takes P above 1, the outside mass is 0 and stays so
         inside = torch.where(log_inside > 0, 0.0, log_inside.exp())
-        h = h - torch.where(d_outside == 0, 0.0, d_outside * inside)
+        h = h - torch.where(grad_outside == 0, 0.0, grad_outside * inside)
     return s, torch.where(log_inside.isnan(), log_inside, h), q, log_inside
 
 

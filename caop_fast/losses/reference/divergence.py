@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from caop_fast.losses.checks import IGNORE_LABEL
+from caop_fast.losses.checks import IGNORE_INDEX
 
 EXCLUDED = -(2.0**100)  # where u stands for "impossible": finite, so that two such columns differ by 0
 SUPPORT_GAP = math.log(2) * 2.0**64  # a larger |u_t - u_s| means that only one side allows the column
@@ -138,10 +138,10 @@ def open_block(
     return Block(a, a.exp(), b, b.exp(), derivative), student_shift, teacher_shift
 
 
-def weighted_sum(e: Tensor, values: Tensor, careful: bool = False) -> Tensor:
-    """sum e * values over each row, [R, 1]; ``careful``: a term of e = 0 is 0 whatever its value."""
+def weighted_sum(e: Tensor, values: Tensor, has_neg_inf: bool = False) -> Tensor:
+    """sum e * values over each row, [R, 1]; ``has_neg_inf``: a term of e = 0 is 0 whatever its value."""
     terms = e * values
-    if careful:
+    if has_neg_inf:
         terms.masked_fill_(e == 0, 0)
     return terms.sum(-1, keepdim=True)
 
@@ -155,7 +155,7 @@ def totals(block: Block) -> tuple[Tensor, Tensor, Tensor]:
     return zs, zt, log_ratio
 
 
-def needs_care(block: Block) -> bool:
+def contains_neg_inf(block: Block) -> bool:
     """Whether -inf, NaN or masks are among the logits. Always on accelerators: to look would make the host wait."""
     if block.student_u.device.type != "cpu":
         return True
@@ -166,13 +166,13 @@ def needs_care(block: Block) -> bool:
 
 
 def row_statistics(
-    block: Block, shifts: tuple[Tensor, Tensor], labels: Tensor | None, options: Options, *, careful: bool
+    block: Block, shifts: tuple[Tensor, Tensor], labels: Tensor | None, options: Options, *, has_neg_inf: bool
 ) -> RowStatistics:
-    """Statistics of each row of a block. ``careful``: as ``needs_care`` says."""
+    """Statistics of each row of a block. ``has_neg_inf``: as ``contains_neg_inf`` says."""
     us, es, ut, et, _ = block
     zs, zt, log_ratio = totals(block)
     log_zs, log_zt = zs.log(), zt.log()
-    divergence, mean_ratio = divergences(block, zs, zt, log_ratio, options, careful)
+    divergence, mean_ratio = divergences(block, zs, zt, log_ratio, options, has_neg_inf)
     return RowStatistics(
         student_shift=shifts[0],
         student_total=zs,
@@ -181,40 +181,40 @@ def row_statistics(
         log_ratio=log_ratio,
         divergence=divergence,
         mean_ratio=mean_ratio,
-        student_entropy=log_zs - weighted_sum(es, us, careful) / zs,
-        teacher_entropy=log_zt - weighted_sum(et, ut, careful) / zt,
+        student_entropy=log_zs - weighted_sum(es, us, has_neg_inf) / zs,
+        teacher_entropy=log_zt - weighted_sum(et, ut, has_neg_inf) / zt,
         student_logprob=None if labels is None else label_logprob(us, log_zs, labels),
         teacher_logprob=None if labels is None else label_logprob(ut, log_zt, labels),
     )
 
 
 def divergences(
-    block: Block, zs: Tensor, zt: Tensor, log_ratio: Tensor, options: Options, careful: bool
+    block: Block, zs: Tensor, zt: Tensor, log_ratio: Tensor, options: Options, has_neg_inf: bool
 ) -> tuple[Tensor, Tensor | None]:
     """D(beta) and E_s[R], [R, 1] each. Never negative; NaN stays NaN."""
     es, et = block.student_e, block.teacher_e
     if options.interior:
-        from_student, from_teacher = mixture_excess(block, log_ratio, options, careful)
+        from_student, from_teacher = mixture_excess(block, log_ratio, options, has_neg_inf)
         mean_ratio = -weighted_sum(es, from_student) / zs
         mean_teacher = -weighted_sum(et, from_teacher) / zt
         return (options.beta * mean_teacher + (1 - options.beta) * mean_ratio).clamp_(min=0), mean_ratio
-    x = log_quotient(block, careful)
+    x = log_quotient(block, has_neg_inf)
     forward = reverse = mean_ratio = None
     if isinstance(options.beta, Tensor) or options.beta == 0:
         forward = (weighted_sum(et, x) / zt + log_ratio).clamp_(min=0)
-        if careful:
+        if has_neg_inf:
             forward.masked_fill_(x.amax(-1, keepdim=True) > SUPPORT_GAP, math.inf)
     if isinstance(options.beta, Tensor) or options.beta == 1:
         mean_ratio = -weighted_sum(es, x) / zs - log_ratio
-        if careful:
+        if has_neg_inf:
             mean_ratio.masked_fill_(x.amin(-1, keepdim=True) < -SUPPORT_GAP, math.inf)
         reverse = mean_ratio.clamp(min=0)
     return choose_divergence(options.beta, forward, reverse), mean_ratio
 
 
-def log_quotient(block: Block, careful: bool) -> Tensor:
-    """x = u_t - u_s, [R, V]; ``careful``: finite, 0 where both sides exclude a column and huge where one does."""
-    if not careful:
+def log_quotient(block: Block, has_neg_inf: bool) -> Tensor:
+    """x = u_t - u_s, [R, V]; ``has_neg_inf``: finite, 0 where both sides exclude a column and huge where one does."""
+    if not has_neg_inf:
         return block.teacher_u - block.student_u
     return block.teacher_u.clamp(min=EXCLUDED).sub_(block.student_u.clamp(min=EXCLUDED))
 
@@ -227,13 +227,13 @@ def choose_divergence(beta: float | Tensor, forward: Tensor | None, reverse: Ten
     return torch.where(column == 0, forward, torch.where(column == 1, reverse, math.nan))
 
 
-def mixture_excess(block: Block, log_ratio: Tensor, options: Options, careful: bool) -> tuple[Tensor, Tensor]:
+def mixture_excess(block: Block, log_ratio: Tensor, options: Options, has_neg_inf: bool) -> tuple[Tensor, Tensor]:
     """log m - log p_s and log m - log p_t, [R, V], without overflow or underflow.
 
     With q = |r| the larger of the two log-probabilities exceeds the other by q, and log m lies above it by
     log1p(share * expm1(-q)), share being the weight of the smaller one in the mixture.
     """
-    r = log_quotient(block, careful).neg_().sub_(log_ratio)
+    r = log_quotient(block, has_neg_inf).neg_().sub_(log_ratio)
     share = (r >= 0).to(r.dtype).mul_(2 * options.beta - 1).add_(1 - options.beta)  # beta or 1 - beta
     above_larger = r.abs().neg_().expm1_().mul_(share).log1p_()
     return above_larger - r.clamp(max=0), above_larger + r.clamp(min=0)
@@ -249,7 +249,7 @@ def label_logprob(u: Tensor, log_total: Tensor, labels: Tensor) -> Tensor:
 def blank_labels(values: Tensor, column: Tensor, vocab: int) -> Tensor:
     """``values`` [R, 1] with 0 where the label is -100 and NaN where it is otherwise outside the vocabulary."""
     values = torch.where((column >= 0) & (column < vocab), values, math.nan)
-    return torch.where(column == IGNORE_LABEL, 0.0, values)
+    return torch.where(column == IGNORE_INDEX, 0.0, values)
 
 
 def coefficients(
@@ -258,9 +258,9 @@ def coefficients(
     labels: Tensor | None,
     vocab: int,
     *,
-    d_divergence: Tensor | None = None,
-    d_logprob: Tensor | None = None,
-    d_entropy: Tensor | None = None,
+    grad_divergence: Tensor | None = None,
+    grad_logprob: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
 ) -> Coefficients | None:
     """Coefficients of the gradient, given those of the outputs ([R, 1] or None); None when nothing flows.
 
@@ -268,19 +268,19 @@ def coefficients(
     """
     terms: list[Tensor] = []
     ratio = student_log = teacher = label = None
-    if d_divergence is not None:
-        forward, ratio = split_by_beta(d_divergence, options.beta)
+    if grad_divergence is not None:
+        forward, ratio = split_by_beta(grad_divergence, options.beta)
         if forward is not None:
             terms.append(forward)
             teacher = forward
         if ratio is not None:
             terms.append(-scaled_statistic(ratio, rows.mean_ratio))
-    if d_logprob is not None and labels is not None:
-        label = blank_labels(d_logprob, labels.view(-1, 1), vocab)
+    if grad_logprob is not None and labels is not None:
+        label = blank_labels(grad_logprob, labels.view(-1, 1), vocab)
         terms.append(-label)
-    if d_entropy is not None:
-        student_log = -d_entropy
-        terms.append(-scaled_statistic(d_entropy, rows.student_entropy))
+    if grad_entropy is not None:
+        student_log = -grad_entropy
+        terms.append(-scaled_statistic(grad_entropy, rows.student_entropy))
     if not terms:
         return None
     return Coefficients(sum(terms[1:], start=terms[0]), ratio, student_log, teacher, label)
@@ -303,7 +303,7 @@ def scaled_statistic(upstream: Tensor, statistic: Tensor) -> Tensor:
 
 
 def logit_gradient(
-    block: Block, rows: RowStatistics, c: Coefficients, labels: Tensor | None, options: Options, *, careful: bool
+    block: Block, rows: RowStatistics, c: Coefficients, labels: Tensor | None, options: Options, *, has_neg_inf: bool
 ) -> Tensor:
     """Gradient [R, V] with respect to ``a``, times the softcap's derivative. Overwrites the block.
 
@@ -316,23 +316,23 @@ def logit_gradient(
     constant = c.student
     if c.ratio is not None:
         if options.interior:  # R = log p_s - log m
-            bracket = mixture_excess(block, rows.log_ratio, options, careful)[0].neg_().mul_(c.ratio)
+            bracket = mixture_excess(block, rows.log_ratio, options, has_neg_inf)[0].neg_().mul_(c.ratio)
         else:  # R = u_s - u_t - lr
             bracket = ut.sub_(us).mul_(-c.ratio)
             constant = constant - c.ratio * rows.log_ratio
-            if careful:
+            if has_neg_inf:
                 bracket.masked_fill_(c.ratio == 0, 0)
     if c.student_log is not None:
         constant = constant - c.student_log * rows.student_total.log()
         logs = us.mul_(c.student_log)
-        if careful:
+        if has_neg_inf:
             logs.masked_fill_(c.student_log == 0, 0)
         bracket = logs if bracket is None else bracket.add_(logs)
     if bracket is None:
         gradient = es.mul_(constant / rows.student_total)
     else:
         bracket.add_(constant).div_(rows.student_total)
-        if careful:
+        if has_neg_inf:
             known = rows.student_total == rows.student_total  # a row without a distribution stays NaN
             bracket.masked_fill_((es == 0).logical_and_(known), 0)
         gradient = es.mul_(bracket)

@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from caop_fast.losses.checks import IGNORE_LABEL
+from caop_fast.losses.checks import IGNORE_INDEX
 from caop_fast.losses.outputs import RowStatistics
 from caop_fast.losses.reference.divergence import EXCLUDED, Options, temper
 
@@ -112,7 +112,7 @@ def finish_state(state: Tensor, labels: Tensor | None) -> RowStatistics:
     logprobs = [None, None]
     if labels is not None:
         logprobs = [
-            torch.where(labels == IGNORE_LABEL, 0.0, torch.where(y < ABSENT, (y - z.log2()) * LN2, math.nan))
+            torch.where(labels == IGNORE_INDEX, 0.0, torch.where(y < ABSENT, (y - z.log2()) * LN2, math.nan))
             for y, z in ((y_s, z_s), (y_t, z_t))
         ]
     return RowStatistics(
@@ -139,7 +139,7 @@ def _ratios(state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return z_s, z_t, log_ratio, forward, reverse
 
 
-def normaliser(state: Tensor) -> Tensor:
+def saved_statistics(state: Tensor) -> Tensor:
     """[6, N] of a state [12, N]: what a gradient needs, in the order of ``rows.Rows``.
 
     The shifts are maxima in nats, m ln2 as far as the dtype can hold it; what its rounding leaves out, 5e-4 at

@@ -69,9 +69,9 @@ def token_gradient(
     total: Tensor,
     entropy: Tensor,
     *,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
-    d_lse: Tensor | None,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
     vocab: int,
     local_labels: Tensor | None,
     consume: bool = False,
@@ -81,16 +81,16 @@ def token_gradient(
     The logits may be some columns of ``vocab``; ``local_labels`` are the labels relative to the first of them.
     """
     u, e, _, slope = _open(logits, temperature, softcap, shift.dtype, shift, consume)
-    constant = torch.zeros_like(total) if d_lse is None else d_lse
+    constant = torch.zeros_like(total) if grad_lse is None else grad_lse
     label = None
-    if d_logprob is not None:
-        label = blank_labels(d_logprob, labels.view(-1, 1), vocab)
+    if grad_logprob is not None:
+        label = blank_labels(grad_logprob, labels.view(-1, 1), vocab)
         constant = constant - label
-    if d_entropy is None:
+    if grad_entropy is None:
         gradient = e.mul_(constant / total)
     else:  # log p = u - log(total)
-        constant = constant - d_entropy * (entropy - total.log())
-        gradient = e.mul_(u.mul_(-d_entropy).add_(constant).div_(total))
+        constant = constant - grad_entropy * (entropy - total.log())
+        gradient = e.mul_(u.mul_(-grad_entropy).add_(constant).div_(total))
     if label is not None:
         add_at_labels(gradient, local_labels, label)
     gradient = gradient if slope is None else gradient.mul_(slope)

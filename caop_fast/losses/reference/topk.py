@@ -42,7 +42,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from caop_fast.losses.checks import IGNORE_LABEL
+from caop_fast.losses.checks import IGNORE_INDEX
 from caop_fast.losses.reference.divergence import blank_labels, temper
 
 TAILS = ("bucket", "renormalize", "ignore")
@@ -85,7 +85,7 @@ class Opened(NamedTuple):
     slope: Tensor | None  # [R, V] derivative of the softcap
 
 
-class Normaliser(NamedTuple):
+class SavedStatistics(NamedTuple):
     """[R, 1] columns: maxima and partition sums relative to them, of the whole row and of its tail."""
 
     shift: Tensor
@@ -125,7 +125,7 @@ def open_rows(student: Tensor, listed: Listed, options: Options, dtype: torch.dt
     return Opened(picked.masked_fill(~listed.valid, -math.inf), tail, derivative)
 
 
-def normalise(opened: Opened) -> tuple[Normaliser, Tensor]:
+def normalise(opened: Opened) -> tuple[SavedStatistics, Tensor]:
     """Maxima and partition sums of each row, and the student's entropy [R, 1]. Overwrites ``opened.tail``."""
     tail_shift = opened.tail.amax(-1, keepdim=True)
     shift = torch.maximum(tail_shift, opened.listed.amax(-1, keepdim=True))
@@ -141,7 +141,7 @@ def normalise(opened: Opened) -> tuple[Normaliser, Tensor]:
     total = torch.where(total > 0, total, math.nan)  # no finite logit: no distribution
     moment = fraction * (tail_e.mul_(tail_u).sum(-1, keepdim=True) + tail_total * below)
     entropy = total.log() - (moment + (e * u).sum(-1, keepdim=True)) / total
-    return Normaliser(shift, total, tail_shift, tail_total), entropy.clamp_(min=0)
+    return SavedStatistics(shift, total, tail_shift, tail_total), entropy.clamp_(min=0)
 
 
 def shifted(tail: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ def shifted(tail: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     return u, u.exp()
 
 
-def student_outcomes(opened: Opened, norm: Normaliser, options: Options) -> tuple[Tensor, Tensor]:
+def student_outcomes(opened: Opened, norm: SavedStatistics, options: Options) -> tuple[Tensor, Tensor]:
     """log p_s of the outcomes, [R, k + 1], the tail last (-inf where it is none); and of the k ids in full, [R, k]."""
     full = opened.listed - norm.shift - norm.total.log()
     if options.tail == "renormalize":
@@ -227,7 +227,7 @@ def divergence_terms(s: Tensor, t: Tensor, options: Options) -> tuple[Tensor, Te
 
 def row_statistics(
     opened: Opened, student: Tensor, listed: Listed, labels: Tensor | None, options: Options
-) -> tuple[Statistics, Normaliser]:
+) -> tuple[Statistics, SavedStatistics]:
     """Everything reported of raw rows [R, V], and what the gradient needs. Overwrites ``opened.tail``."""
     vocab = student.shape[-1]
     norm, entropy = normalise(opened)
@@ -249,21 +249,21 @@ def row_statistics(
         match = listed.valid & (listed.ids == column)
         picked = torch.where(match, listed.logprobs, 0.0).sum(-1, keepdim=True)
         found[3] = torch.where(match.any(-1, keepdim=True), picked, math.nan)
-        found[3] = torch.where(column == IGNORE_LABEL, 0.0, found[3])
+        found[3] = torch.where(column == IGNORE_INDEX, 0.0, found[3])
     return Statistics(*(None if x is None else torch.where(listed.bad, math.nan, x) for x in found)), norm
 
 
 def logit_gradient(
     opened: Opened,
-    norm: Normaliser,
+    norm: SavedStatistics,
     entropy: Tensor,
     listed: Listed,
     labels: Tensor | None,
     options: Options,
     *,
-    d_divergence: Tensor | None,
-    d_logprob: Tensor | None,
-    d_entropy: Tensor | None,
+    grad_divergence: Tensor | None,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
 ) -> Tensor:
     """Gradient [R, V] with respect to ``a``, times the softcap's derivative. Overwrites ``opened``.
 
@@ -276,31 +276,31 @@ def logit_gradient(
     s, full = student_outcomes(opened, norm, options)
     p = full.exp()
     value, constant, log = torch.zeros_like(full), torch.zeros_like(scale), None
-    if d_divergence is not None:
+    if grad_divergence is not None:
         t = teacher_outcomes(listed, s[:, -1:], vocab, options)
         _, h = divergence_terms(s, t, options)
         total = h.sum(-1, keepdim=True)
         broken = t.isnan().any(-1, keepdim=True)
-        d = torch.where(broken & (d_divergence != 0), math.nan, d_divergence)
+        d = torch.where(broken & (grad_divergence != 0), math.nan, grad_divergence)
         value = value + flow(d, h[:, :-1] - s[:, :-1].exp() * total)
         if options.tail == "bucket":
             constant = flow(d, h[:, -1:] / norm.tail_total - scale * total)
         elif options.tail == "ignore":
             constant = flow(d, -scale * total)
-    if d_logprob is not None:
-        label = blank_labels(d_logprob, labels.view(-1, 1), vocab)
+    if grad_logprob is not None:
+        label = blank_labels(grad_logprob, labels.view(-1, 1), vocab)
         value = value + torch.where(listed.ids == labels.view(-1, 1), label, 0.0) - flow(label, p)
         constant = constant - flow(label, scale)
-    if d_entropy is not None:
-        value = value - flow(d_entropy, torch.where(p > 0, p * (full + entropy), 0.0))
-        constant = constant - flow(d_entropy, scale * (below - norm.total.log() + entropy))
-        log = -d_entropy * scale
+    if grad_entropy is not None:
+        value = value - flow(grad_entropy, torch.where(p > 0, p * (full + entropy), 0.0))
+        constant = constant - flow(grad_entropy, scale * (below - norm.total.log() + entropy))
+        log = -grad_entropy * scale
     constant = torch.where(norm.tail_total == 0, 0.0, constant)  # a tail of -inf alone
     value, constant = (torch.where(listed.bad, math.nan, x) for x in (value, constant))
 
     u, gradient = shifted(opened.tail, norm.tail_shift)
     gradient.mul_(constant if log is None else u.mul_(log).add_(constant))
-    if d_logprob is not None:
+    if grad_logprob is not None:
         gradient.scatter_add_(-1, labels.view(-1, 1).clamp(0, vocab - 1), label)
     value = torch.where(listed.valid, value, value.gather(-1, listed.first))
     value = torch.where(listed.valid.any(-1, keepdim=True), value, gradient[:, :1])

@@ -106,7 +106,7 @@ def _scores(
     constants = {name: value for name, value in config.constants().items() if name != "CHUNK"}
     constants |= {"KIND": kind, "CANDIDATES": candidates, "SOFTCAP": softcap}
     if not logits:
-        constants |= {"ids_ptr": None, "normaliser_ptr": None}
+        constants |= {"ids_ptr": None, "saved_statistics_ptr": None}
     return _variant(
         _name("confidence", dtype, aligned, softcap, suffix),
         confidence_kernel,
@@ -137,7 +137,7 @@ def _columns(dtype: str, *, aligned: bool, softcap: bool) -> Variant:
 def _candidates(dtype: str, *, kind: str = KIND, candidates: int = CANDIDATES, logits: bool = True) -> Variant:
     constants = {"KIND": kind, "CANDIDATES": candidates, "SOFTCAP": False}
     if not logits:
-        constants |= {"ids_ptr": None, "normaliser_ptr": None}
+        constants |= {"ids_ptr": None, "saved_statistics_ptr": None}
     return _variant(
         f"confidence-candidates-{dtype}-{kind}-{candidates}{'' if logits else '-logprobs'}",
         candidate_gradient_kernel,

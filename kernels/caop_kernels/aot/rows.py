@@ -66,7 +66,7 @@ def variants() -> Iterator[Variant]:
         "forward": ("forward_kl",),
         "reverse": ("reverse_kl",),
         "both-kl": ("forward_kl", "reverse_kl"),
-        "interior": ("normaliser", "student_entropy", "teacher_entropy"),
+        "interior": ("saved_statistics", "student_entropy", "teacher_entropy"),
         "entropies": ("student_entropy", "teacher_entropy"),
         "lse": ("student_lse", "teacher_lse"),
     }
@@ -240,7 +240,14 @@ def _finish(dtype: str, *, labels: bool, softcap: bool, teacher: bool = True) ->
     double = dtype == "fp64"
     absent = [] if labels else ["labels_ptr", "student_logprob_ptr", "teacher_logprob_ptr"]
     if not teacher:
-        absent += ["teacher_ptr", "beta_ptr", "divergence_ptr", "normaliser_ptr", "forward_kl_ptr", "reverse_kl_ptr"]
+        absent += [
+            "teacher_ptr",
+            "beta_ptr",
+            "divergence_ptr",
+            "saved_statistics_ptr",
+            "forward_kl_ptr",
+            "reverse_kl_ptr",
+        ]
         absent += ["teacher_lse_ptr", "teacher_logprob_ptr", "teacher_entropy_ptr"]
     special = {"student_ptr": f"*{dtype}", "teacher_ptr": f"*{dtype}", "labels_ptr": "*i64"}
     types = argument_types(finish_kernel, special, double=double)

@@ -36,17 +36,17 @@ def kernel_gradient(
     asked = ["student_entropy"] + ([] if per_row or interior else ["forward_kl" if beta == 0 else "reverse_kl"])
     found = caop_kernels.row_statistics(
         student, teacher, labels, beta=beta if per_row else None, weights=weights, vocab_size=vocab_size,
-        statistics=asked, normaliser=True, **scalars,
+        statistics=asked, saved_statistics=True, **scalars,
     )  # fmt: skip
     divergence = found.divergence if per_row else found.forward_kl if beta == 0 else found.reverse_kl
     if interior:
         divergence = caop_kernels.mixture_divergence(
-            student, teacher, found.normaliser, beta=beta, n_cols=n_cols, weights=weights, **scalars
+            student, teacher, found.saved_statistics, beta=beta, n_cols=n_cols, weights=weights, **scalars
         )
     coefficients = caop_kernels.distillation_coefficients(
-        found.normaliser, n_cols=n_cols, labels=labels, beta=beta, temperature=scalars.get("temperature", 1.0),
+        found.saved_statistics, n_cols=n_cols, labels=labels, beta=beta, temperature=scalars.get("temperature", 1.0),
         student_entropy=found.student_entropy,
-        **{f"d_{name}": flow.to(found.normaliser) for name, flow in flows.items()},
+        **{f"d_{name}": flow.to(found.saved_statistics) for name, flow in flows.items()},
     )  # fmt: skip
     diverges = "divergence" in flows
     gradient = caop_kernels.logit_gradient(

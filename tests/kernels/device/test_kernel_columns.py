@@ -59,14 +59,16 @@ def test_blocks_equal_the_whole(device, beta):
     states = torch.stack([caop_kernels.row_state(s, t, y) for (s, t), y in zip(blocks, local, strict=True)])
     found = caop_kernels.finish_state(caop_kernels.merge_states(states), labels)
     if interior:
-        sums = [caop_kernels.mixture_sums(s, t, found.normaliser, beta=beta, n_cols=s.shape[1]) for s, t in blocks]
+        sums = [
+            caop_kernels.mixture_sums(s, t, found.saved_statistics, beta=beta, n_cols=s.shape[1]) for s, t in blocks
+        ]
         assert [len(part) for part in sums] == [2, 1, 1]
-        got = caop_kernels.finish_mixture(torch.cat(sums), found.normaliser, beta=beta)
+        got = caop_kernels.finish_mixture(torch.cat(sums), found.saved_statistics, beta=beta)
         torch.testing.assert_close(got, divergence, rtol=2e-6, atol=2e-6)
         added = torch.stack([part.sum(0) for part in sums]).sum(0, keepdim=True)
-        torch.testing.assert_close(caop_kernels.finish_mixture(added, found.normaliser, beta=beta), got)
+        torch.testing.assert_close(caop_kernels.finish_mixture(added, found.saved_statistics, beta=beta), got)
     coefficients = caop_kernels.distillation_coefficients(
-        found.normaliser, n_cols=v, labels=labels, beta=beta, student_entropy=found.student_entropy,
+        found.saved_statistics, n_cols=v, labels=labels, beta=beta, student_entropy=found.student_entropy,
         **{f"d_{name}": flow for name, flow in flows.items()},
     )  # fmt: skip
     rows = isinstance(beta, torch.Tensor)

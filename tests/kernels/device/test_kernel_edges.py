@@ -206,13 +206,15 @@ def test_rows_of_weight_zero_report_zero_and_are_not_read(device, asked):
         student, teacher = fenced
     else:
         student[1], teacher[3], student[3] = float("nan"), INF, float("nan")
-    found = caop_kernels.row_statistics(student, teacher, labels, weights=weights, statistics=asked, normaliser=True)
+    found = caop_kernels.row_statistics(
+        student, teacher, labels, weights=weights, statistics=asked, saved_statistics=True
+    )
     for name in asked:
         value = getattr(found, name)
         assert value[[1, 3]].tolist() == [0, 0], name
         torch.testing.assert_close(value[live].double().cpu(), expected[name], rtol=4e-6, atol=4e-6)
-    assert (found.normaliser[:, [1, 3]] == 0).all()
-    assert found.normaliser[:, live].isfinite().all()
+    assert (found.saved_statistics[:, [1, 3]] == 0).all()
+    assert found.saved_statistics[:, live].isfinite().all()
 
 
 def test_weights_change_nothing_but_which_rows_count(device):

@@ -12,15 +12,15 @@ INF, NAN = float("inf"), float("nan")
 
 
 def mixture(student, teacher, *, beta, vocab_size=None, weights=None, **scalars):
-    """(divergence, normaliser) [N] of each row."""
+    """(divergence, saved_statistics) [N] of each row."""
     found = caop_kernels.row_statistics(
-        student, teacher, weights=weights, vocab_size=vocab_size, statistics=(), normaliser=True, **scalars
+        student, teacher, weights=weights, vocab_size=vocab_size, statistics=(), saved_statistics=True, **scalars
     )
     n_cols = vocab_size or student.shape[1]
     divergence = caop_kernels.mixture_divergence(
-        student, teacher, found.normaliser, beta=beta, n_cols=n_cols, weights=weights, **scalars
+        student, teacher, found.saved_statistics, beta=beta, n_cols=n_cols, weights=weights, **scalars
     )
-    return divergence, found.normaliser
+    return divergence, found.saved_statistics
 
 
 def exact(student, teacher, **options):
@@ -38,8 +38,8 @@ def assert_close(found, expected, tolerance=3e-6):
 def test_matches_oracle(device, dtype, v, beta, kind):
     student, teacher = logits(kind, 3, v, dtype, device)
     options = {"beta": beta, "temperature": 0.7, "student_softcap": 20.0, "teacher_softcap": 12.0}
-    divergence, normaliser = mixture(student, teacher, **options)
-    assert divergence.dtype == normaliser.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    divergence, saved_statistics = mixture(student, teacher, **options)
+    assert divergence.dtype == saved_statistics.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_close(divergence, exact(student, teacher, **options), 1e-11 if dtype == torch.float64 else 3e-6)
     # The last field is what the gradient subtracts: E_s[log p_s - log m].
     a, b = (
@@ -47,7 +47,7 @@ def test_matches_oracle(device, dtype, v, beta, kind):
         for z, cap in ((student, 20.0), (teacher, 12.0))
     )
     m = beta * b.exp() + (1 - beta) * a.exp()
-    assert_close(normaliser[5], (a.exp() * (a - m.log())).sum(-1), 1e-9 if dtype == torch.float64 else 3e-6)
+    assert_close(saved_statistics[5], (a.exp() * (a - m.log())).sum(-1), 1e-9 if dtype == torch.float64 else 3e-6)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
@@ -100,14 +100,14 @@ def test_a_bad_row_poisons_only_itself(device, bad, side):
         sides[side][1] = -INF
     else:
         sides[side][1, 1030] = bad
-    divergence, normaliser = mixture(*sides, beta=0.5)
+    divergence, saved_statistics = mixture(*sides, beta=0.5)
     assert torch.equal(divergence[[0, 2]], clean[[0, 2]])
     assert divergence[1].isnan()
-    assert normaliser[5, 1].isnan()
+    assert saved_statistics[5, 1].isnan()
     weights = torch.tensor([1.0, 0.0, 1.0], device=device)
-    divergence, normaliser = mixture(*sides, beta=0.5, weights=weights)
+    divergence, saved_statistics = mixture(*sides, beta=0.5, weights=weights)
     assert divergence[1] == 0
-    assert (normaliser[:, 1] == 0).all()
+    assert (saved_statistics[:, 1] == 0).all()
     assert torch.equal(divergence[[0, 2]], clean[[0, 2]])
 
 

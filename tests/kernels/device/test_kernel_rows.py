@@ -149,7 +149,7 @@ def test_the_student_alone(device, v, dtype, cap):
     student, _ = logits("peaked", 4, v, DTYPES[dtype], device)
     labels = torch.tensor([0, v - 1, -100, v], device=device)
     options = {"temperature": 0.7, "student_softcap": cap}
-    found = caop_kernels.row_statistics(student, None, labels, normaliser=True, **options)
+    found = caop_kernels.row_statistics(student, None, labels, saved_statistics=True, **options)
     expected = oracle(student, student, labels, **options)
     tolerance = 1e-11 if dtype == "fp64" else 4e-6
     for name in FIELDS:
@@ -158,7 +158,7 @@ def test_the_student_alone(device, v, dtype, cap):
             continue
         value = getattr(found, name).double().cpu()
         torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)
-    lse = (found.normaliser[0] * math.log(2) + found.normaliser[2].log()).double().cpu()
+    lse = (found.saved_statistics[0] * math.log(2) + found.saved_statistics[2].log()).double().cpu()
     torch.testing.assert_close(lse, expected["student_lse"], rtol=tolerance, atol=tolerance)
 
 
@@ -183,13 +183,13 @@ def test_beta_chooses_the_divergence_of_each_row(device, dtype, v):
 
 
 @pytest.mark.parametrize("kind", ["normal", "near", "student_peaked"])
-def test_normaliser(device, kind):
+def test_saved_statistics(device, kind):
     """Maxima (log2 units), partition sums relative to them, the log of their quotient, and E_s[log p_s - log p_t]."""
     student, teacher = logits(kind, 3, 20000, torch.float32, device)
     options = {"temperature": 0.7, "teacher_softcap": 12.0}
-    found = caop_kernels.row_statistics(student, teacher, normaliser=True, **options)
+    found = caop_kernels.row_statistics(student, teacher, saved_statistics=True, **options)
     expected = oracle(student, teacher, **options)
-    m_s, m_t, z_s, z_t, lr, mean = found.normaliser.double().cpu()
+    m_s, m_t, z_s, z_t, lr, mean = found.saved_statistics.double().cpu()
     for m, z, lse in ((m_s, z_s, "student_lse"), (m_t, z_t, "teacher_lse")):
         torch.testing.assert_close(m * math.log(2) + z.log(), expected[lse], rtol=2e-6, atol=2e-6)
         assert (z >= 1 - 1e-6).all()

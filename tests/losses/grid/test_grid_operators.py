@@ -69,10 +69,10 @@ def test_opcheck(place, case):
     arguments = (student.requires_grad_(), teacher, labels, weights, chosen, *scalars, False, triton, True)
     torch.library.opcheck(distillation_rows, arguments)
     found = [t.detach() for t in distillation_rows(*arguments)]
-    normaliser, careful = found[5:]
+    saved_statistics, has_neg_inf = found[5:]
     flows = [torch.randn(3, device=place.device), None if labels is None else torch.randn(3, device=place.device), None]
     arguments = (
-        student.detach(), teacher, labels, weights, chosen, normaliser, found[2], careful, *flows, *scalars, triton
+        student.detach(), teacher, labels, weights, chosen, saved_statistics, found[2], has_neg_inf, *flows, *scalars, triton
     )  # fmt: skip
     torch.library.opcheck(distillation_rows_backward, arguments)
     torch.library.opcheck(distillation_rows_backward_, arguments)

@@ -123,8 +123,8 @@ def passed_directly(way: str, at: Rank) -> dict[str, Any]:
         loss = loss_of(way, hidden, (head.weight, head.bias), at.mine, chunk_size=2)
     with CommDebugMode() as backward:
         loss.backward()
-    want, d_hidden, *_ = gradients(way, at.mine)
-    wrong = apart("loss", loss.detach(), want) + apart("gradient of hidden", hidden.grad, d_hidden)
+    want, grad_hidden, *_ = gradients(way, at.mine)
+    wrong = apart("loss", loss.detach(), want) + apart("gradient of hidden", hidden.grad, grad_hidden)
     means = [at.mean(lambda rank, i=i: gradients(way, rank)[i]) for i in (2, 3)]
     wrong += gradients_placed(head.weight, means[0], "weight") + gradients_placed(head.bias, means[1], "bias")
     first = head.weight.grad.to_local().clone()

@@ -23,7 +23,7 @@ def close_models(divergence: float, dtype: torch.dtype, seed: int = 0) -> tuple[
 
 
 def exact(h_s: Tensor, w_s: Tensor, h_t: Tensor, w_t: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean divergence, d_hidden and d_weight in float64."""
+    """Mean divergence, grad_hidden and grad_weight in float64."""
     leaves = [t.detach().double().requires_grad_() for t in (h_s, w_s)]
     loss = statistics(leaves[0] @ leaves[1].t(), h_t.double() @ w_t.double().t(), beta=beta)[0].mean()
     return loss.detach(), *torch.autograd.grad(loss, leaves)

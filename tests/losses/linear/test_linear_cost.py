@@ -218,7 +218,7 @@ def test_the_peak_is_what_the_table_says(name, trained, monkeypatch):
         block = sizes.block_ids(n, sides, one, torch.device("cpu"), small=name == "min")
         ids = max(p.stop - p.start for p in sizes.pieces(vocab, block, sizes.ID_MULTIPLE))
         logits = 4 * sides * n * ids if name == "min" else max(logits, 4 * sides * n * ids)
-        carried += weight  # d_weight as it is returned: the table counts beyond it
+        carried += weight  # grad_weight as it is returned: the table counts beyond it
     peak = max(itertools.accumulate(allocations(lambda: call(t).backward())))
     returned = 4 * n * h + weight
     expected = max(logits + carried, carried + returned)
