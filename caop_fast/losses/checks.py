@@ -12,9 +12,9 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from caop_kernels.constants import IGNORE_INDEX
 from torch import Tensor
 
-IGNORE_INDEX = -100
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -48,14 +48,17 @@ def statistics_dtype(tensors: Iterable[Tensor | None]) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def positive(name: str, value: Any, *, optional: bool = False) -> float | None:
-    """``value`` as a finite float > 0 (or None where that is allowed)."""
-    if value is None and optional:
-        return None
-    number = finite(name, value, takes="a number > 0" + (" or None" if optional else ""))
+def positive(name: str, value: Any, *, takes: str = "a number > 0") -> float:
+    """``value`` as a finite float > 0."""
+    number = finite(name, value, takes=takes)
     if number <= 0:
         raise ValueError(f"{name} must be > 0, got {value!r}")
     return number
+
+
+def optional_positive(name: str, value: Any) -> float | None:
+    """``value`` as a finite float > 0, or None."""
+    return None if value is None else positive(name, value, takes="a number > 0 or None")
 
 
 def positive_integer(name: str, value: Any) -> int | None:
@@ -146,18 +149,15 @@ def shaped(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     return value.reshape(-1)
 
 
-def label_ids(labels: Any, shape: torch.Size, vocab: int = 0, *, values: bool = False) -> Tensor | None:
-    """Labels as int64 [N]; with ``values`` each in [0, vocab) or -100."""
+def label_ids(labels: Any, shape: torch.Size) -> Tensor | None:
+    """Labels as int64 [N]."""
     if labels is None:
         return None
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor of integers or None, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
         raise TypeError(f"labels must be integers (int64), got {labels.dtype}")
-    ids = shaped("labels", labels, shape).to(torch.int64)
-    if values:
-        check_labels(ids, vocab)
-    return ids
+    return shaped("labels", labels, shape).to(torch.int64)
 
 
 def check_labels(ids: Tensor | None, vocab: int) -> None:
@@ -169,20 +169,15 @@ def check_labels(ids: Tensor | None, vocab: int) -> None:
         raise ValueError(f"labels must be {IGNORE_INDEX} or in [0, {vocab}), got {int(ids[bad][0])}")
 
 
-def row_weights(
-    weights: Any, labels: Tensor | None, shape: torch.Size, dtype: torch.dtype, *, values: bool
-) -> Tensor | None:
-    """Weights as ``dtype`` [N], finite and >= 0; None for all ones. Without any, the label -100 means weight 0."""
+def row_weights(weights: Any, labels: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """Weights as ``dtype`` [N]; None for all ones. Without any, the label -100 means weight 0."""
     if weights is None:
         return None if labels is None else (labels != IGNORE_INDEX).to(dtype)
     if not isinstance(weights, Tensor):
         raise TypeError(f"weights must be a torch.Tensor or None, got {type(weights).__name__}")
     if weights.is_complex():
         raise TypeError(f"weights must be real numbers, got {weights.dtype}")
-    flat = shaped("weights", weights.detach(), shape).to(dtype)
-    if values:
-        check_weights(flat)
-    return flat
+    return shaped("weights", weights.detach(), shape).to(dtype)
 
 
 def check_weights(weights: Tensor | None) -> None:
@@ -194,24 +189,21 @@ def check_weights(weights: Tensor | None) -> None:
         raise ValueError(f"weights must be finite and >= 0, got {float(weights[bad][0])}")
 
 
-def divergence_beta(beta: Any, shape: torch.Size, dtype: torch.dtype, *, values: bool) -> float | Tensor:
-    """A float in [0, 1], or ``dtype`` [N] of zeros and ones."""
+def divergence_beta(beta: Any, shape: torch.Size, dtype: torch.dtype) -> float | Tensor:
+    """A float in [0, 1], or a tensor as ``dtype`` [N]."""
     if isinstance(beta, Tensor):
         if beta.is_complex():
             raise TypeError(f"beta must be real numbers, got {beta.dtype}")
-        flat = shaped("beta", beta.detach(), shape).to(dtype)
-        if values:
-            check_beta(flat)
-        return flat
+        return shaped("beta", beta.detach(), shape).to(dtype)
     number = finite("beta", beta, takes="a number in [0, 1] or a tensor of zeros and ones")
     if not 0 <= number <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta!r}")
     return number
 
 
-def check_beta(beta: Tensor | None) -> None:
-    """Every entry is 0 or 1. Reads values."""
-    if beta is None:
+def check_beta(beta: float | Tensor) -> None:
+    """Every entry of a tensor is 0 or 1. Reads values."""
+    if not isinstance(beta, Tensor):
         return
     bad = (beta != 0) & (beta != 1)
     if bool(bad.any()):

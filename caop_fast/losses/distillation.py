@@ -1,14 +1,33 @@
-"""The distillation loss on logits: every statistic of a token from one read, differentiable in any mix."""
+"""The distillation loss on logits: every statistic of a token from one read, differentiable in any mix.
+
+``distillation_loss`` checks its arguments and calls the operator ``caop_fast::distillation_rows``, whose gradient is
+``caop_fast::distillation_gradient``; both run on a backend.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from caop_kernels.constants import SAVED_FIELDS
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.backend import resolve_backend
-from caop_fast.losses.ops.distillation import distillation_rows
+from caop_fast.losses.backends.resolve import get_backend, resolve_backend
+from caop_fast.losses.batches import (
+    Columns,
+    DistillationBatch,
+    DistillationGrads,
+    DistillationRows,
+    SavedDistillation,
+    TopKRows,
+)
+from caop_fast.losses.operator import GradientOperator, Operator, Overwrites
+from caop_fast.losses.options import DivergenceOptions, ExecutionConfig
 from caop_fast.losses.outputs import DistillationOutput
+
+ONCE = "the distillation losses can be differentiated once: double backward through them is not supported"
+DIFFERENTIABLE = ("divergence", "student_logprob", "student_entropy")
 
 
 def distillation_loss(
@@ -89,40 +108,38 @@ def distillation_loss(
         vocab_size, student_logits=student_logits.shape[-1], teacher_logits=teacher_logits.shape[-1]
     )
     dtype = checks.statistics_dtype((student_logits, teacher_logits))
-    values = checks.checks_values(validate, device)
-    label_ids = checks.label_ids(labels, lead, vocab, values=False)
-    row_weights = checks.row_weights(weights, label_ids, lead, dtype, values=False)
-    beta = checks.divergence_beta(beta, lead, dtype, values=False)
-    per_row = isinstance(beta, Tensor)
-    temperature = checks.positive("temperature", temperature)
-    student_softcap = checks.positive("student_softcap", student_softcap, optional=True)
-    teacher_softcap = checks.positive("teacher_softcap", teacher_softcap, optional=True)
+    label_ids = checks.label_ids(labels, lead)
+    row_weights = checks.row_weights(weights, label_ids, lead, dtype)
+    options = DivergenceOptions(
+        beta=checks.divergence_beta(beta, lead, dtype),
+        temperature=checks.positive("temperature", temperature),
+        student_softcap=checks.optional_positive("student_softcap", student_softcap),
+        teacher_softcap=checks.optional_positive("teacher_softcap", teacher_softcap),
+    )
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.overwritable("student_logits", student_logits, inplace)
-    chosen = resolve_backend(backend, device)
-
-    divergence, student_logprob, student_entropy, teacher_logprob, teacher_entropy, *_ = distillation_rows(
+    execution = ExecutionConfig(resolve_backend(backend, device), checks.checks_values(validate, device), inplace)
+    batch = DistillationBatch(
         student_logits.reshape(-1, student_logits.shape[-1]),
         teacher_logits.detach().reshape(-1, teacher_logits.shape[-1]),
         label_ids,
         row_weights,
-        beta if per_row else None,
-        0.0 if per_row else beta,
-        temperature,
-        student_softcap,
-        teacher_softcap,
-        vocab,
-        inplace,
-        chosen == "triton",
-        values,
     )
+    found = distillation_rows(DistillationInputs(batch, options, vocab, execution))
+    return distillation_output(reduce_rows(found.divergence, row_weights, reduction, lead), found, lead)
+
+
+def distillation_output(
+    loss: Tensor | None, found: DistillationRows | TopKRows, lead: torch.Size
+) -> DistillationOutput:
+    """Statistics [N] with the leading shape of the inputs."""
     return DistillationOutput(
-        reduce_rows(divergence, row_weights, reduction, lead),
-        divergence.view(lead),
-        None if labels is None else student_logprob.view(lead),
-        None if labels is None else teacher_logprob.view(lead),
-        student_entropy.view(lead),
-        teacher_entropy.view(lead),
+        loss,
+        found.divergence.view(lead),
+        None if found.student_logprob is None else found.student_logprob.view(lead),
+        None if found.teacher_logprob is None else found.teacher_logprob.view(lead),
+        found.student_entropy.view(lead),
+        found.teacher_entropy.view(lead),
     )
 
 
@@ -141,3 +158,87 @@ def total_weight(weights: Tensor | None, rows: Tensor) -> Tensor | int:
         return max(rows.shape[0], 1)
     total = weights.sum()
     return torch.where(total == 0, 1.0, total)
+
+
+class DistillationInputs(NamedTuple):
+    """Arguments of ``caop_fast::distillation_rows``."""
+
+    batch: DistillationBatch
+    options: DivergenceOptions
+    vocab: int
+    execution: ExecutionConfig
+
+
+class GradientInputs(NamedTuple):
+    """Arguments of ``caop_fast::distillation_gradient``."""
+
+    forward: DistillationInputs
+    saved: SavedDistillation
+    grads: DistillationGrads
+
+
+def _rows(inputs: DistillationInputs) -> DistillationRows:
+    batch, options, vocab, execution = inputs
+    if execution.validate:
+        check_row_values(batch.labels, batch.weights, options, vocab)
+    dtype = checks.statistics_dtype((batch.student, batch.teacher))
+    return get_backend(execution.backend).distillation_rows(batch, options, vocab, dtype)
+
+
+def check_row_values(labels: Tensor | None, weights: Tensor | None, options: DivergenceOptions, vocab: int) -> None:
+    """ValueError on labels, weights or a beta per row that make no sense. Reads values."""
+    checks.check_labels(labels, vocab)
+    checks.check_weights(weights)
+    checks.check_beta(options.beta)
+
+
+def _fake_rows(inputs: DistillationInputs) -> DistillationRows:
+    batch, execution = inputs.batch, inputs.execution
+    dtype = checks.statistics_dtype((batch.student, batch.teacher))
+    found = fake_distillation_rows(batch.student, batch.labels, dtype)
+    if not get_backend(execution.backend).reports_neg_inf:
+        return found
+    return found._replace(has_neg_inf=batch.student.new_empty(1, dtype=torch.bool))
+
+
+def fake_distillation_rows(student: Tensor, labels: Tensor | None, dtype: torch.dtype) -> DistillationRows:
+    """Rows without values, for ``student`` [N, ...]."""
+    n_rows = student.shape[0]
+
+    def column() -> Tensor:
+        return student.new_empty(n_rows, dtype=dtype)
+
+    return DistillationRows(
+        divergence=column(),
+        student_logprob=None if labels is None else column(),
+        student_entropy=column(),
+        teacher_logprob=None if labels is None else column(),
+        teacher_entropy=column(),
+        saved_statistics=student.new_empty((SAVED_FIELDS, n_rows), dtype=dtype),
+        has_neg_inf=None,
+    )
+
+
+def _gradient(inputs: GradientInputs, out: Tensor | None) -> Tensor:
+    batch, options, vocab, execution = inputs.forward
+    return get_backend(execution.backend).distillation_gradient(
+        batch, options, Columns.whole(vocab), inputs.saved, inputs.grads, out
+    )
+
+
+def _backward(inputs: DistillationInputs, found: DistillationRows, grads: DistillationRows) -> tuple[Tensor]:
+    upstream = DistillationGrads(grads.divergence, grads.student_logprob, grads.student_entropy)
+    return (distillation_gradient(GradientInputs(inputs, found.saved, upstream), inplace=inputs.execution.inplace),)
+
+
+distillation_rows = Operator("distillation_rows", DistillationInputs, DistillationRows, _rows, _fake_rows)
+distillation_gradient = GradientOperator(
+    "distillation_gradient", GradientInputs, _gradient, logits="forward_batch_student", once=ONCE
+)
+distillation_rows.register_autograd(
+    _backward,
+    inputs=["batch_student"],
+    outputs=DIFFERENTIABLE,
+    saved=["student_entropy", "saved_statistics", "has_neg_inf"],
+    overwrites=Overwrites(lambda inputs: inputs.execution.inplace, "student_logits", ONCE),
+)

@@ -33,15 +33,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class Options(NamedTuple):
-    """What scores a row, and how logits become probabilities."""
-
-    kind: str
-    outside_weight: float
-    eps: float
-    temperature: float = 1.0
-    softcap: float | None = None
+from caop_fast.losses.batches import ConfidenceGrads
+from caop_fast.losses.options import ConfidenceOptions
 
 
 class Scores(NamedTuple):
@@ -53,7 +46,7 @@ class Scores(NamedTuple):
     outside_mass: Tensor
 
 
-def scores(log_p: Tensor, values: Tensor, target: Tensor, options: Options) -> Scores:
+def scores(log_p: Tensor, values: Tensor, target: Tensor, options: ConfidenceOptions) -> Scores:
     """Scores of log p [R, C] for candidates worth ``values`` [C] against ``target`` [R].
 
     NaN in a row without a possible candidate, and in one that holds NaN.
@@ -104,7 +97,7 @@ def split_target(values: Tensor, target: Tensor) -> Tensor:
 
 
 def slopes(
-    log_p: Tensor, values: Tensor, target: Tensor, options: Options, upstream: list[Tensor | None]
+    log_p: Tensor, values: Tensor, target: Tensor, options: ConfidenceOptions, upstream: ConfidenceGrads
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(s [R, C], h [R, 1], q [R, C], log P [R, 1]) for what flows into the four scores, [R] each or None."""
     grad_loss, grad_expected, grad_variance, grad_outside = (None if d is None else d.unsqueeze(-1) for d in upstream)
@@ -160,7 +153,7 @@ class OpenRows(NamedTuple):
     """[R, V] derivative of the softcap; None without one."""
 
 
-def open_rows(logits: Tensor, options: Options, dtype: torch.dtype, *, slope: bool = False) -> OpenRows:
+def open_rows(logits: Tensor, options: ConfidenceOptions, dtype: torch.dtype, *, slope: bool = False) -> OpenRows:
     """Softcap and temperature applied to raw logits [R, V], shifted to a maximum of 0. The input is left as it is."""
     derivative = None
     exponent = logits.to(dtype)
@@ -183,7 +176,7 @@ def candidate_log_p(rows: OpenRows, ids: Tensor) -> Tensor:
 
 
 def logprob_gradient(
-    log_p: Tensor, values: Tensor, target: Tensor, options: Options, upstream: list[Tensor | None]
+    log_p: Tensor, values: Tensor, target: Tensor, options: ConfidenceOptions, upstream: ConfidenceGrads
 ) -> Tensor:
     """Gradient [R, C] in log p."""
     s, h, q, _ = slopes(log_p, values, target, options, upstream)
@@ -191,7 +184,7 @@ def logprob_gradient(
 
 
 def logit_gradient(
-    rows: OpenRows, ids: Tensor, values: Tensor, target: Tensor, options: Options, upstream: list[Tensor | None]
+    rows: OpenRows, ids: Tensor, values: Tensor, target: Tensor, options: ConfidenceOptions, upstream: ConfidenceGrads
 ) -> Tensor:
     """Gradient [R, V] in the raw logits."""
     s, h, q, log_inside = slopes(candidate_log_p(rows, ids), values, target, options, upstream)

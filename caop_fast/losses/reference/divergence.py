@@ -35,26 +35,13 @@ import math
 from typing import NamedTuple
 
 import torch
+from caop_kernels.constants import IGNORE_INDEX
 from torch import Tensor
 
-from caop_fast.losses.checks import IGNORE_INDEX
+from caop_fast.losses.options import DivergenceOptions
 
 EXCLUDED = -(2.0**100)  # where u stands for "impossible": finite, so that two such columns differ by 0
 SUPPORT_GAP = math.log(2) * 2.0**64  # a larger |u_t - u_s| means that only one side allows the column
-
-
-class Options(NamedTuple):
-    """What turns logits into distributions, and which divergence is meant. ``beta``: float, or [R] of 0 and 1."""
-
-    beta: float | Tensor = 0.0
-    temperature: float = 1.0
-    student_softcap: float | None = None
-    teacher_softcap: float | None = None
-
-    @property
-    def interior(self) -> bool:
-        """Whether the divergence goes through the mixture m."""
-        return not isinstance(self.beta, Tensor) and 0 < self.beta < 1
 
 
 class Block(NamedTuple):
@@ -81,6 +68,14 @@ class RowStatistics(NamedTuple):
     teacher_entropy: Tensor
     student_logprob: Tensor | None
     teacher_logprob: Tensor | None
+
+
+class OpenedStatistics(NamedTuple):
+    """The opened block of raw logits [R, V], its statistics, and whether -inf, NaN or masks are among the logits."""
+
+    block: Block
+    statistics: RowStatistics
+    has_neg_inf: bool
 
 
 class Coefficients(NamedTuple):
@@ -119,7 +114,7 @@ def temper(
 def open_block(
     student: Tensor,
     teacher: Tensor,
-    options: Options,
+    options: DivergenceOptions,
     dtype: torch.dtype,
     *,
     known: RowStatistics | None = None,
@@ -166,7 +161,7 @@ def contains_neg_inf(block: Block) -> bool:
 
 
 def row_statistics(
-    block: Block, shifts: tuple[Tensor, Tensor], labels: Tensor | None, options: Options, *, has_neg_inf: bool
+    block: Block, shifts: tuple[Tensor, Tensor], labels: Tensor | None, options: DivergenceOptions, *, has_neg_inf: bool
 ) -> RowStatistics:
     """Statistics of each row of a block. ``has_neg_inf``: as ``contains_neg_inf`` says."""
     us, es, ut, et, _ = block
@@ -188,16 +183,31 @@ def row_statistics(
     )
 
 
+def open_statistics(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    options: DivergenceOptions,
+    dtype: torch.dtype,
+    *,
+    consume: bool = False,
+    slope: bool = False,
+) -> OpenedStatistics:
+    """``open_block`` and ``row_statistics`` of raw logits [R, V]."""
+    block, *shifts = open_block(student, teacher, options, dtype, consume=consume, slope=slope)
+    has_neg_inf = contains_neg_inf(block)
+    statistics = row_statistics(block, (shifts[0], shifts[1]), labels, options, has_neg_inf=has_neg_inf)
+    return OpenedStatistics(block, statistics, has_neg_inf)
+
+
 def divergences(
-    block: Block, zs: Tensor, zt: Tensor, log_ratio: Tensor, options: Options, has_neg_inf: bool
+    block: Block, zs: Tensor, zt: Tensor, log_ratio: Tensor, options: DivergenceOptions, has_neg_inf: bool
 ) -> tuple[Tensor, Tensor | None]:
     """D(beta) and E_s[R], [R, 1] each. Never negative; NaN stays NaN."""
     es, et = block.student_e, block.teacher_e
     if options.interior:
-        from_student, from_teacher = mixture_excess(block, log_ratio, options, has_neg_inf)
-        mean_ratio = -weighted_sum(es, from_student) / zs
-        mean_teacher = -weighted_sum(et, from_teacher) / zt
-        return (options.beta * mean_teacher + (1 - options.beta) * mean_ratio).clamp_(min=0), mean_ratio
+        sums = mixture_sums(block, log_ratio, options, has_neg_inf=has_neg_inf)
+        return finish_mixture(sums, torch.stack([zs, zt]), options)
     x = log_quotient(block, has_neg_inf)
     forward = reverse = mean_ratio = None
     if isinstance(options.beta, Tensor) or options.beta == 0:
@@ -221,13 +231,18 @@ def log_quotient(block: Block, has_neg_inf: bool) -> Tensor:
 
 def choose_divergence(beta: float | Tensor, forward: Tensor | None, reverse: Tensor | None) -> Tensor:
     """The KL that beta, 0 or 1, asks for; in a tensor any other entry gives NaN."""
-    if not isinstance(beta, Tensor):
-        return forward if beta == 0 else reverse
-    column = beta.view(-1, 1)
-    return torch.where(column == 0, forward, torch.where(column == 1, reverse, math.nan))
+    if isinstance(beta, Tensor):
+        assert forward is not None and reverse is not None
+        column = beta.view_as(forward)
+        return torch.where(column == 0, forward, torch.where(column == 1, reverse, math.nan))
+    chosen = forward if beta == 0 else reverse
+    assert chosen is not None
+    return chosen
 
 
-def mixture_excess(block: Block, log_ratio: Tensor, options: Options, has_neg_inf: bool) -> tuple[Tensor, Tensor]:
+def mixture_excess(
+    block: Block, log_ratio: Tensor, options: DivergenceOptions, has_neg_inf: bool
+) -> tuple[Tensor, Tensor]:
     """log m - log p_s and log m - log p_t, [R, V], without overflow or underflow.
 
     With q = |r| the larger of the two log-probabilities exceeds the other by q, and log m lies above it by
@@ -237,6 +252,23 @@ def mixture_excess(block: Block, log_ratio: Tensor, options: Options, has_neg_in
     share = (r >= 0).to(r.dtype).mul_(2 * options.beta - 1).add_(1 - options.beta)  # beta or 1 - beta
     above_larger = r.abs().neg_().expm1_().mul_(share).log1p_()
     return above_larger - r.clamp(max=0), above_larger + r.clamp(min=0)
+
+
+def mixture_sums(
+    block: Block, log_ratio: Tensor, options: DivergenceOptions, *, has_neg_inf: bool | None = None
+) -> Tensor:
+    """sum e_s (log p_s - log m) and sum e_t (log p_t - log m), [2, R, 1]. Those of other columns are added to them."""
+    if has_neg_inf is None:
+        has_neg_inf = contains_neg_inf(block)
+    from_student, from_teacher = mixture_excess(block, log_ratio, options, has_neg_inf)
+    return torch.stack([-weighted_sum(block.student_e, from_student), -weighted_sum(block.teacher_e, from_teacher)])
+
+
+def finish_mixture(sums: Tensor, totals: Tensor, options: DivergenceOptions) -> tuple[Tensor, Tensor]:
+    """The interior divergence and E_s[R] of the sums of all columns, given both partition sums; [2, ...] both."""
+    assert not isinstance(options.beta, Tensor)
+    mean_ratio, mean_teacher = sums / totals
+    return (options.beta * mean_teacher + (1 - options.beta) * mean_ratio).clamp_(min=0), mean_ratio
 
 
 def label_logprob(u: Tensor, log_total: Tensor, labels: Tensor) -> Tensor:
@@ -254,7 +286,7 @@ def blank_labels(values: Tensor, column: Tensor, vocab: int) -> Tensor:
 
 def coefficients(
     rows: RowStatistics,
-    options: Options,
+    options: DivergenceOptions,
     labels: Tensor | None,
     vocab: int,
     *,
@@ -303,7 +335,13 @@ def scaled_statistic(upstream: Tensor, statistic: Tensor) -> Tensor:
 
 
 def logit_gradient(
-    block: Block, rows: RowStatistics, c: Coefficients, labels: Tensor | None, options: Options, *, has_neg_inf: bool
+    block: Block,
+    rows: RowStatistics,
+    c: Coefficients,
+    labels: Tensor | None,
+    options: DivergenceOptions,
+    *,
+    has_neg_inf: bool,
 ) -> Tensor:
     """Gradient [R, V] with respect to ``a``, times the softcap's derivative. Overwrites the block.
 

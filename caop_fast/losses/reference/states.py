@@ -22,20 +22,22 @@ from __future__ import annotations
 import math
 
 import torch
+from caop_kernels.constants import IGNORE_INDEX, STATE_FIELDS
 from torch import Tensor
 
-from caop_fast.losses.checks import IGNORE_INDEX
+from caop_fast.losses.options import DivergenceOptions
 from caop_fast.losses.outputs import RowStatistics
-from caop_fast.losses.reference.divergence import EXCLUDED, Options, temper
+from caop_fast.losses.reference.divergence import EXCLUDED, temper
 
-STATE_FIELDS = 12
 FLOOR = -(2.0**40)  # the maximum of columns that are all excluded; finite, so that m - m is 0
 SUPPORT_GAP = 2.0**64  # a larger |x| means that only one side allows the column
 ABSENT = math.inf  # rounding may leave the u of a row's maximum a little above 0
 LN2 = math.log(2.0)
 
 
-def row_state(student: Tensor, teacher: Tensor, labels: Tensor | None, options: Options, dtype: torch.dtype) -> Tensor:
+def row_state(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, options: DivergenceOptions, dtype: torch.dtype
+) -> Tensor:
     """The state [12, R] in ``dtype`` of raw logits [R, V]; a label outside [0, V) is not among the columns."""
     maxima, exponents = [], []
     for logits, softcap in ((student, options.student_softcap), (teacher, options.teacher_softcap)):
@@ -140,7 +142,8 @@ def _ratios(state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def saved_statistics(state: Tensor) -> Tensor:
-    """[6, N] of a state [12, N]: what a gradient needs, in the order of ``rows.Rows``.
+    """[6, N] of a state [12, N]: what a gradient needs, in the order of
+    ``DistillationRows.saved_statistics``.
 
     The shifts are maxima in nats, m ln2 as far as the dtype can hold it; what its rounding leaves out, 5e-4 at
     logits of 1e4, goes into the partition sums.

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from caop_fast.losses.batches import TokenGrads
+from caop_fast.losses.options import TokenOptions
 from caop_fast.losses.reference.divergence import EXCLUDED, add_at_labels, blank_labels, label_logprob, temper
 
 
@@ -29,11 +31,29 @@ class TokenBlock(NamedTuple):
     logprob: Tensor | None
 
 
+class KnownTokens(NamedTuple):
+    """Statistics [R, 1] that the gradient takes from the forward pass."""
+
+    shift: Tensor
+    total: Tensor
+    entropy: Tensor
+
+
+class BlockLabels(NamedTuple):
+    """Labels [R] of rows of which a block holds some columns."""
+
+    ids: Tensor | None
+    local: Tensor | None  # relative to the block's first column
+    vocab: int  # all columns
+
+
 def _open(
-    logits: Tensor, temperature: float, softcap: float | None, dtype: torch.dtype, shift: Tensor | None, consume: bool
+    logits: Tensor, options: TokenOptions, dtype: torch.dtype, shift: Tensor | None, consume: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """u = a - shift and e = exp(u), [R, V]; the shift (the maxima by default); the softcap's derivative."""
-    a, slope, owned = temper(logits, temperature, softcap, dtype, consume=consume, slope=shift is not None)
+    a, slope, owned = temper(
+        logits, options.temperature, options.softcap, dtype, consume=consume, slope=shift is not None
+    )
     shift = a.amax(-1, keepdim=True) if shift is None else shift
     u = a.sub_(shift) if owned else a - shift
     e = u.exp()
@@ -43,14 +63,13 @@ def _open(
 def token_statistics(
     logits: Tensor,
     labels: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    options: TokenOptions,
     dtype: torch.dtype,
     *,
     consume: bool = False,
 ) -> TokenBlock:
     """Statistics of raw logits [R, V] in ``dtype``. ``consume`` allows overwriting the logits."""
-    u, e, shift, _ = _open(logits, temperature, softcap, dtype, None, consume)
+    u, e, shift, _ = _open(logits, options, dtype, None, consume)
     total = e.sum(-1, keepdim=True)
     log_total = total.log()
     logprob = None if labels is None else label_logprob(u, log_total, labels)
@@ -62,36 +81,28 @@ def token_statistics(
 
 def token_gradient(
     logits: Tensor,
-    labels: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    shift: Tensor,
-    total: Tensor,
-    entropy: Tensor,
+    options: TokenOptions,
+    known: KnownTokens,
+    labels: BlockLabels,
+    grads: TokenGrads,
     *,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    vocab: int,
-    local_labels: Tensor | None,
     consume: bool = False,
 ) -> Tensor:
-    """Gradient [R, V] of the raw logits for what flows into the statistics, [R, 1] each or None.
-
-    The logits may be some columns of ``vocab``; ``local_labels`` are the labels relative to the first of them.
-    """
-    u, e, _, slope = _open(logits, temperature, softcap, shift.dtype, shift, consume)
+    """Gradient [R, V] of the raw logits, maybe some columns of a vocabulary, for upstream gradients [R, 1] or None."""
+    shift, total, entropy = known
+    grad_logprob, grad_entropy, grad_lse = grads
+    u, e, _, slope = _open(logits, options, shift.dtype, shift, consume)
     constant = torch.zeros_like(total) if grad_lse is None else grad_lse
     label = None
-    if grad_logprob is not None:
-        label = blank_labels(grad_logprob, labels.view(-1, 1), vocab)
+    if grad_logprob is not None and labels.ids is not None:
+        label = blank_labels(grad_logprob, labels.ids.view(-1, 1), labels.vocab)
         constant = constant - label
     if grad_entropy is None:
         gradient = e.mul_(constant / total)
     else:  # log p = u - log(total)
         constant = constant - grad_entropy * (entropy - total.log())
         gradient = e.mul_(u.mul_(-grad_entropy).add_(constant).div_(total))
-    if label is not None:
-        add_at_labels(gradient, local_labels, label)
+    if label is not None and labels.local is not None:
+        add_at_labels(gradient, labels.local, label)
     gradient = gradient if slope is None else gradient.mul_(slope)
-    return gradient.div_(temperature)
+    return gradient.div_(options.temperature)

@@ -40,29 +40,15 @@ import math
 from typing import NamedTuple
 
 import torch
+from caop_kernels.constants import IGNORE_INDEX
 from torch import Tensor
 
-from caop_fast.losses.checks import IGNORE_INDEX
+from caop_fast.losses.options import TopKOptions
 from caop_fast.losses.reference.divergence import blank_labels, temper
 
-TAILS = ("bucket", "renormalize", "ignore")
 IMPOSSIBLE = -(2.0**64)  # a log-probability below this counts as -inf, so that finite masks act as -inf does
 LOWEST = -(2.0**66)  # what stands for -inf in differences: two impossible outcomes then differ by 0
 SERIES_TERMS = 17  # of e^-r - 1 + r at |r| <= 1/2: exact to float64
-
-
-class Options(NamedTuple):
-    """What turns inputs into outcomes, and which divergence is meant. ``beta``: float, or [R, 1] of 0 and 1."""
-
-    tail: str
-    beta: float | Tensor
-    temperature: float
-    softcap: float | None
-
-    @property
-    def normalised(self) -> bool:
-        """Whether the outcomes form a distribution."""
-        return self.tail != "ignore"
 
 
 class Listed(NamedTuple):
@@ -115,7 +101,9 @@ def list_teacher(ids: Tensor, logprobs: Tensor, vocab: int, dtype: torch.dtype) 
     return Listed(valid, index, first, bad, ids, kept, torch.finfo(logprobs.dtype).eps / 2)
 
 
-def open_rows(student: Tensor, listed: Listed, options: Options, dtype: torch.dtype, *, slope: bool = False) -> Opened:
+def open_rows(
+    student: Tensor, listed: Listed, options: TopKOptions, dtype: torch.dtype, *, slope: bool = False
+) -> Opened:
     """Split the tempered logits of raw rows [R, V] into the listed ones and the others."""
     a, derivative, owned = temper(student, options.temperature, options.softcap, dtype, consume=False, slope=slope)
     picked = a.gather(-1, listed.index)
@@ -125,7 +113,7 @@ def open_rows(student: Tensor, listed: Listed, options: Options, dtype: torch.dt
     return Opened(picked.masked_fill(~listed.valid, -math.inf), tail, derivative)
 
 
-def normalise(opened: Opened) -> tuple[SavedStatistics, Tensor]:
+def normalize(opened: Opened) -> tuple[SavedStatistics, Tensor]:
     """Maxima and partition sums of each row, and the student's entropy [R, 1]. Overwrites ``opened.tail``."""
     tail_shift = opened.tail.amax(-1, keepdim=True)
     shift = torch.maximum(tail_shift, opened.listed.amax(-1, keepdim=True))
@@ -150,7 +138,7 @@ def shifted(tail: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     return u, u.exp()
 
 
-def student_outcomes(opened: Opened, norm: SavedStatistics, options: Options) -> tuple[Tensor, Tensor]:
+def student_outcomes(opened: Opened, norm: SavedStatistics, options: TopKOptions) -> tuple[Tensor, Tensor]:
     """log p_s of the outcomes, [R, k + 1], the tail last (-inf where it is none); and of the k ids in full, [R, k]."""
     full = opened.listed - norm.shift - norm.total.log()
     if options.tail == "renormalize":
@@ -168,7 +156,7 @@ def student_outcomes(opened: Opened, norm: SavedStatistics, options: Options) ->
     return torch.where(outcomes < IMPOSSIBLE, -math.inf, outcomes), full
 
 
-def teacher_outcomes(listed: Listed, student_tail: Tensor, vocab: int, options: Options) -> Tensor:
+def teacher_outcomes(listed: Listed, student_tail: Tensor, vocab: int, options: TopKOptions) -> Tensor:
     """log p_t of the outcomes, [R, k + 1], the tail last. ``student_tail``: the student's log-mass there, [R, 1]."""
     lp = torch.where(listed.logprobs < IMPOSSIBLE, -math.inf, listed.logprobs)
     top, hot = lp.max(-1, keepdim=True)
@@ -196,7 +184,7 @@ def exp_excess(r: Tensor) -> Tensor:
     return torch.where(r.abs() <= 0.5, x * x / 2 * series, torch.expm1(-r) + r)
 
 
-def divergence_terms(s: Tensor, t: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def divergence_terms(s: Tensor, t: Tensor, options: TopKOptions) -> tuple[Tensor, Tensor]:
     """The terms of the divergence over outcomes and the h of the module docstring, [R, k + 1] each."""
     if isinstance(options.beta, Tensor):
         forward, reverse = (divergence_terms(s, t, options._replace(beta=b)) for b in (0.0, 1.0))
@@ -207,13 +195,13 @@ def divergence_terms(s: Tensor, t: Tensor, options: Options) -> tuple[Tensor, Te
     r = t.clamp(min=LOWEST) - s.clamp(min=LOWEST)
     if options.beta == 0:
         terms = torch.where(pt > 0, pt * r, 0.0)
-        if options.normalised:
+        if options.normalized:
             terms = torch.where(r.abs() <= 0.5, pt * exp_excess(r), terms - pt + ps)
         return torch.where((s == -math.inf) & (t > -math.inf), math.inf, terms), -pt
     if options.beta == 1:
         terms = torch.where(ps > 0, -ps * r, 0.0)
-        slopes = terms if options.normalised else terms + ps
-        if options.normalised:
+        slopes = terms if options.normalized else terms + ps
+        if options.normalized:
             terms = torch.where(r.abs() <= 0.5, ps * exp_excess(-r), terms - ps + pt)
         infinite = (t == -math.inf) & (s > -math.inf)
         return torch.where(infinite, math.inf, terms), torch.where(infinite, math.inf, slopes)
@@ -226,18 +214,18 @@ def divergence_terms(s: Tensor, t: Tensor, options: Options) -> tuple[Tensor, Te
 
 
 def row_statistics(
-    opened: Opened, student: Tensor, listed: Listed, labels: Tensor | None, options: Options
+    opened: Opened, student: Tensor, listed: Listed, labels: Tensor | None, options: TopKOptions
 ) -> tuple[Statistics, SavedStatistics]:
     """Everything reported of raw rows [R, V], and what the gradient needs. Overwrites ``opened.tail``."""
     vocab = student.shape[-1]
-    norm, entropy = normalise(opened)
+    norm, entropy = normalize(opened)
     s, _ = student_outcomes(opened, norm, options)
     t = teacher_outcomes(listed, s[:, -1:], vocab, options)
     terms, _ = divergence_terms(s, t, options)
     divergence = terms.sum(-1, keepdim=True)
     # A NaN of either side reaches every term but those that `clamp` and `where` decided.
     broken = listed.bad | s.isnan().any(-1, keepdim=True) | t.isnan().any(-1, keepdim=True) | norm.total.isnan()
-    divergence = torch.where(broken, math.nan, divergence.clamp(min=0) if options.normalised else divergence)
+    divergence = torch.where(broken, math.nan, divergence.clamp(min=0) if options.normalized else divergence)
     pt = t.exp()
     teacher_entropy = torch.where(pt == 0, 0.0, -(pt * t)).sum(-1, keepdim=True)
     found = [divergence, None, entropy, None, teacher_entropy.clamp(min=0)]
@@ -259,7 +247,7 @@ def logit_gradient(
     entropy: Tensor,
     listed: Listed,
     labels: Tensor | None,
-    options: Options,
+    options: TopKOptions,
     *,
     grad_divergence: Tensor | None,
     grad_logprob: Tensor | None,
