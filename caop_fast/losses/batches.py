@@ -168,7 +168,7 @@ class ConfidenceGrads(NamedTuple):
 class BinSums(NamedTuple):
     """Sums per confidence bin, [n_bins] each."""
 
-    count: Tensor  # int64
+    counts: Tensor  # int64
     confidence: Tensor  # float64
     correct: Tensor  # float64
 

@@ -67,7 +67,7 @@ def positive_integer(name: str, value: Any) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer or None, got {type(value).__name__}")
-    if value < 1:
+    if int(value) < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
     return int(value)
 
@@ -76,9 +76,10 @@ def finite(name: str, value: Any, *, takes: str = "a finite number") -> float:
     """``value`` as a finite float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {takes}, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced
+    number = float(value)
+    if not -math.inf < number < math.inf:  # math.isfinite cannot be traced
         raise ValueError(f"{name} must be {takes}, got {value!r}")
-    return float(value)
+    return number
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
@@ -133,7 +134,7 @@ def vocabulary(vocab_size: Any, **sizes: int) -> int:
         return smallest
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, Integral):
         raise TypeError(f"vocab_size must be an integer or None, got {type(vocab_size).__name__}")
-    if not 1 <= vocab_size <= smallest:
+    if not 1 <= int(vocab_size) <= smallest:
         raise ValueError(f"vocab_size must be in [1, {smallest}] ({describe_sizes(sizes)}), got {vocab_size}")
     return int(vocab_size)
 

@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from caop_kernels.constants import CONFIDENCE_KINDS, CONFIDENCE_SAVED_FIELDS
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.backend import resolve_backend
+from caop_fast.losses.backends.resolve import get_backend, resolve_backend
+from caop_fast.losses.batches import ConfidenceBatch, ConfidenceGrads, ConfidenceRows
 from caop_fast.losses.distillation import reduce_rows
-from caop_fast.losses.ops.confidence import confidence_rows
+from caop_fast.losses.operator import Operator
+from caop_fast.losses.options import ConfidenceOptions, ExecutionConfig
 from caop_fast.losses.outputs import ConfidenceOutput
 
-KINDS = ("cross_entropy", "brier", "expected_brier", "bernoulli_nll")
-
 MAX_CANDIDATES = 4096
+LOGPROB_SLACK = 1e-3  # rounding may take an honest log-probability this far above 0
+ONCE = "the confidence losses can be differentiated once: double backward through them is not supported"
+DIFFERENTIABLE = ("loss", "expected", "variance", "outside_mass")
 
 
 def confidence_loss(
@@ -93,22 +97,18 @@ def confidence_loss(
             "weights": weights,
         }
     )
-    return _score(
-        logits.reshape(-1, logits.shape[-1]),
-        ids,
-        candidate_values,
-        target,
-        lead,
-        kind=kind,
-        outside_weight=outside_weight,
-        weights=weights,
-        reduction=reduction,
+    options = confidence_options(
+        kind,
+        outside_weight,
+        eps,
         temperature=checks.positive("temperature", temperature),
-        softcap=checks.positive("softcap", softcap, optional=True),
-        vocab=vocab,
-        eps=eps,
-        backend=resolve_backend(backend, device),
-        validate=checks.checks_values(validate, device),
+        softcap=checks.optional_positive("softcap", softcap),
+    )
+    score = check_score(target, weights, reduction, lead, dtype)
+    execution = ExecutionConfig(resolve_backend(backend, device), checks.checks_values(validate, device))
+    batch = ConfidenceBatch(logits.reshape(-1, logits.shape[-1]), ids, candidate_values, score.target, score.weights)
+    return confidence_output(
+        confidence_rows(ConfidenceInputs(batch, options, vocab, execution)), score.weights, reduction, lead
     )
 
 
@@ -147,7 +147,7 @@ def confidence_loss_from_logprobs(
         TypeError, ValueError: on bad arguments, naming the argument, what it got and what it takes.
     """
     checks.floating_tensor("candidate_logprobs", candidate_logprobs, min_ndim=2)
-    *lead, count = candidate_logprobs.shape
+    lead, count = candidate_logprobs.shape[:-1], candidate_logprobs.shape[-1]
     dtype = checks.statistics_dtype((candidate_logprobs,))
     candidate_values = _values(candidate_values, candidate_logprobs.device, dtype, (count,))
     device = checks.one_device(
@@ -160,80 +160,51 @@ def confidence_loss_from_logprobs(
     )
     if count == 0:
         raise ValueError(f"candidate_logprobs must be [..., C] with C >= 1, got {tuple(candidate_logprobs.shape)}")
-    return _score(
-        candidate_logprobs.reshape(-1, count),
-        None,
-        candidate_values,
-        target,
-        torch.Size(lead),
-        kind=kind,
-        outside_weight=outside_weight,
-        weights=weights,
-        reduction=reduction,
-        temperature=1.0,
-        softcap=None,
-        vocab=count,
-        eps=eps,
-        backend=resolve_backend(backend, device),
-        validate=checks.checks_values(validate, device),
+    options = confidence_options(kind, outside_weight, eps)
+    score = check_score(target, weights, reduction, lead, dtype)
+    execution = ExecutionConfig(resolve_backend(backend, device), checks.checks_values(validate, device))
+    batch = ConfidenceBatch(candidate_logprobs.reshape(-1, count), None, candidate_values, score.target, score.weights)
+    return confidence_output(
+        confidence_rows(ConfidenceInputs(batch, options, count, execution)), score.weights, reduction, lead
     )
 
 
-def _score(
-    source: Tensor,
-    ids: Tensor | None,
-    values: Tensor,
-    target: Tensor,
-    lead: torch.Size,
-    *,
-    kind: str,
-    outside_weight: float,
-    weights: Tensor | None,
-    reduction: str,
-    temperature: float,
-    softcap: float | None,
-    vocab: int,
-    eps: float,
-    backend: str,
-    validate: bool,
+def confidence_output(
+    found: ConfidenceRows, weights: Tensor | None, reduction: str, lead: torch.Size
 ) -> ConfidenceOutput:
-    """What both entries share: checks, the operator, the reduction."""
-    score = check_score(target, lead, values.dtype, kind, outside_weight, weights, reduction, eps)
-    loss, expected, variance, outside, _ = confidence_rows(
-        source, ids, values, score.target, score.weights, kind, score.outside_weight, score.eps, temperature, softcap,
-        vocab, backend == "triton", validate,
-    )  # fmt: skip
+    """Scores [N] reduced, and with the leading shape of the inputs."""
+    loss, expected, variance, outside_mass, _ = found
     return ConfidenceOutput(
-        reduce_rows(loss, score.weights, reduction, lead), expected.view(lead), variance.view(lead), outside.view(lead)
+        reduce_rows(loss, weights, reduction, lead), expected.view(lead), variance.view(lead), outside_mass.view(lead)
+    )
+
+
+def confidence_options(
+    kind: str, outside_weight: float, eps: float, *, temperature: float = 1.0, softcap: float | None = None
+) -> ConfidenceOptions:
+    """Checked options of a score; temperature and softcap have been checked."""
+    return ConfidenceOptions(
+        kind=checks.choice("kind", kind, CONFIDENCE_KINDS),
+        outside_weight=check_outside_weight(outside_weight),
+        eps=check_eps(eps),
+        temperature=temperature,
+        softcap=softcap,
     )
 
 
 class Score(NamedTuple):
-    """Checked arguments of a score: target and weights flattened, in the dtype of the statistics."""
+    """Target and weights as [N] in the dtype of the statistics."""
 
     target: Tensor
     weights: Tensor | None
-    outside_weight: float
-    eps: float
 
 
-def check_score(
-    target: Tensor,
-    lead: torch.Size,
-    dtype: torch.dtype,
-    kind: str,
-    outside_weight: float,
-    weights: Tensor | None,
-    reduction: str,
-    eps: float,
-) -> Score:
-    """The arguments that all confidence losses share."""
-    checks.choice("kind", kind, KINDS)
+def check_score(target: Tensor, weights: Tensor | None, reduction: str, lead: torch.Size, dtype: torch.dtype) -> Score:
+    """What the rows are scored against, and how they are reduced."""
     checks.choice("reduction", reduction, checks.REDUCTIONS)
-    outside_weight, eps = check_outside_weight(outside_weight), check_eps(eps)
     checks.floating_tensor("target", target)
     flat_target = checks.shaped("target", target.detach(), lead).to(dtype)
-    return Score(flat_target, checks.row_weights(weights, None, lead, dtype, values=False), outside_weight, eps)
+    return Score(flat_target, checks.row_weights(weights, None, lead, dtype))
 
 
 def check_outside_weight(outside_weight: float) -> float:
@@ -288,3 +259,102 @@ def _column(name: str, value: object, kind: str, device: torch.device, dtype: to
         return torch.tensor(value, device=device, dtype=dtype)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"{name} must be a [C] tensor or sequence of {kind}, got {value!r}") from error
+
+
+class ConfidenceInputs(NamedTuple):
+    """Arguments of ``caop_fast::confidence_rows``."""
+
+    batch: ConfidenceBatch
+    options: ConfidenceOptions
+    vocab: int
+    execution: ExecutionConfig
+
+
+class GradientInputs(NamedTuple):
+    """Arguments of ``caop_fast::confidence_gradient``."""
+
+    forward: ConfidenceInputs
+    saved_statistics: Tensor | None
+    grads: ConfidenceGrads
+
+
+def check_values(batch: ConfidenceBatch, vocab: int) -> None:
+    """ValueError on candidates, targets or weights that make no sense. Reads values."""
+    source, ids, values, target, weights = batch
+    checks.check_weights(weights)
+    check_candidates(ids, values, vocab)
+    counts = torch.ones_like(target, dtype=torch.bool) if weights is None else weights != 0
+    bad = counts & ~((target >= 0) & (target <= 1))
+    if bool(bad.any()):
+        raise ValueError(f"target must be in [0, 1], got {float(target[bad][0])}")
+    if ids is None:
+        bad = counts & (source > LOGPROB_SLACK).any(-1)
+        if bool(bad.any()):
+            raise ValueError(
+                f"candidate_logprobs must be <= 0, got {float(source[bad].max())}: logits belong to confidence_loss"
+            )
+
+
+def check_candidates(ids: Tensor | None, values: Tensor, vocab: int | None) -> None:
+    """Candidates are distinct ids of the vocabulary (None: of any) with distinct values in [0, 1]. Reads values."""
+    if ids is not None:
+        if bool((ids < 0).any()) or (vocab is not None and bool((ids >= vocab).any())):
+            raise ValueError(f"candidate_ids must be in [0, {'V' if vocab is None else vocab}), got {ids.tolist()}")
+        if ids.unique().numel() < ids.numel():
+            raise ValueError(f"candidate_ids must be distinct, got {ids.tolist()}")
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError(f"candidate_values must be in [0, 1], got {values.tolist()}")
+    if values.unique().numel() < values.numel():
+        raise ValueError(f"candidate_values must be distinct, got {values.tolist()}")
+
+
+def _rows(inputs: ConfidenceInputs) -> ConfidenceRows:
+    batch, options, vocab, execution = inputs
+    if execution.validate:
+        check_values(batch, vocab)
+    return get_backend(execution.backend).confidence_rows(batch, options, vocab)
+
+
+def _fake_rows(inputs: ConfidenceInputs) -> ConfidenceRows:
+    source, ids, *_ = inputs.batch
+    dtype = checks.statistics_dtype((source,))
+    return fake_confidence_rows(source, dtype, saves=ids is not None and saves_confidence(inputs.execution))
+
+
+def saves_confidence(execution: ExecutionConfig) -> bool:
+    """Whether ``confidence_rows`` of logits saves statistics for the gradient."""
+    return get_backend(execution.backend).saves_confidence
+
+
+def fake_confidence_rows(like: Tensor, dtype: torch.dtype, *, saves: bool) -> ConfidenceRows:
+    """Rows without values, for ``like`` [N, ...]."""
+    n_rows = like.shape[0]
+    loss, expected, variance, outside_mass = (like.new_empty(n_rows, dtype=dtype) for _ in range(4))
+    saved = like.new_empty((CONFIDENCE_SAVED_FIELDS, n_rows), dtype=dtype) if saves else None
+    return ConfidenceRows(loss, expected, variance, outside_mass, saved)
+
+
+def _gradient(inputs: GradientInputs) -> Tensor:
+    batch, options, vocab, execution = inputs.forward
+    return get_backend(execution.backend).confidence_gradient(
+        batch, options, vocab, inputs.saved_statistics, inputs.grads
+    )
+
+
+def _backward(inputs: ConfidenceInputs, found: ConfidenceRows, grads: ConfidenceRows) -> tuple[Tensor]:
+    upstream = ConfidenceGrads(grads.loss, grads.expected, grads.variance, grads.outside_mass)
+    return (confidence_gradient(GradientInputs(inputs, found.saved_statistics, upstream)),)
+
+
+confidence_rows = Operator("confidence_rows", ConfidenceInputs, ConfidenceRows, _rows, _fake_rows)
+confidence_gradient = Operator(
+    "confidence_gradient",
+    GradientInputs,
+    Tensor,
+    _gradient,
+    lambda inputs: torch.empty_like(inputs.forward.batch.source, memory_format=torch.contiguous_format),
+    once=ONCE,
+)
+confidence_rows.register_autograd(
+    _backward, inputs=["batch_source"], outputs=DIFFERENTIABLE, saved=["saved_statistics"]
+)

@@ -2,7 +2,7 @@
 
 ``torch.library`` operators take flat lists of tensors and scalars. ``Operator`` derives the flat schema from the
 annotations of two NamedTuples, and hands the NamedTuples themselves to the implementation, its fake, and the backward.
-Operators exist so that ``torch.compile`` takes a loss as a whole: implementations may look at data and loop over blocks.
+They exist so that ``torch.compile`` takes a loss as a whole: implementations may look at data and loop over blocks.
 
 Annotations and what they become in the schema (nested NamedTuples are flattened, their names joined by ``_``):
 

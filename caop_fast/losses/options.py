@@ -21,6 +21,12 @@ class DivergenceOptions(NamedTuple):
         """Whether the divergence goes through the mixture m."""
         return not isinstance(self.beta, Tensor) and 0 < self.beta < 1
 
+    @property
+    def mixture_beta(self) -> float:
+        """``beta`` where it is one number for all rows."""
+        assert not isinstance(self.beta, Tensor), "beta per row goes without a mixture"
+        return self.beta
+
     def rows(self, rows: slice | Tensor) -> DivergenceOptions:
         """The options of some rows."""
         return self._replace(beta=self.beta[rows]) if isinstance(self.beta, Tensor) else self

@@ -70,7 +70,7 @@ class ConfidenceOutput(NamedTuple):
 class CalibrationBins(NamedTuple):
     """Sums of answers per confidence bin, [n_bins] each, in the order of the bins."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # takes the place of tuple.count
     """Number of answers, int64."""
     confidence_sum: Tensor
     """Sum of their stated confidence, float64."""

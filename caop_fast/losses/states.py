@@ -9,15 +9,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from caop_kernels.constants import STATE_FIELDS
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.backend import resolve_backend
-from caop_fast.losses.ops import states as ops
+from caop_fast.losses.backends.resolve import get_backend, resolve_backend
+from caop_fast.losses.batches import DistillationBatch
+from caop_fast.losses.operator import Operator
+from caop_fast.losses.options import DivergenceOptions
 from caop_fast.losses.outputs import RowStatistics
-from caop_fast.losses.reference.states import STATE_FIELDS
 
 
 @torch.no_grad()
@@ -61,17 +64,18 @@ def row_state(
     vocab = checks.vocabulary(
         vocab_size, student_logits=student_logits.shape[-1], teacher_logits=teacher_logits.shape[-1]
     )
-    ids = checks.label_ids(labels, lead)
-    state = ops.row_state(
+    options = DivergenceOptions(
+        temperature=checks.positive("temperature", temperature),
+        student_softcap=checks.optional_positive("student_softcap", student_softcap),
+        teacher_softcap=checks.optional_positive("teacher_softcap", teacher_softcap),
+    )
+    batch = DistillationBatch(
         student_logits.reshape(-1, student_logits.shape[-1]),
         teacher_logits.reshape(-1, teacher_logits.shape[-1]),
-        ids,
-        checks.positive("temperature", temperature),
-        checks.positive("student_softcap", student_softcap, optional=True),
-        checks.positive("teacher_softcap", teacher_softcap, optional=True),
-        vocab,
-        resolve_backend(backend, device) == "triton",
+        checks.label_ids(labels, lead),
+        None,
     )
+    state = _row_state(StateInputs(batch, options, vocab, resolve_backend(backend, device)))
     return state.view(STATE_FIELDS, *lead)
 
 
@@ -97,7 +101,7 @@ def merge_states(states: Tensor | Sequence[Tensor], *, backend: str = "auto") ->
     if states.shape[0] == 0:
         raise ValueError("states must hold at least one state, got none")
     flat = states.reshape(*states.shape[:2], -1)
-    merged = ops.merge_states(flat, resolve_backend(backend, states.device) == "triton")
+    merged = _merge_states(MergeInputs(flat, resolve_backend(backend, states.device)))
     return merged.view(states.shape[1:])
 
 
@@ -122,10 +126,17 @@ def finish_state(state: Tensor, labels: Tensor | None = None, *, backend: str = 
     device = checks.one_device({"state": state, "labels": labels})
     ids = checks.label_ids(labels, lead)
     flat = state.reshape(state.shape[0], -1)
-    found = RowStatistics(*ops.finish_state(flat, ids, resolve_backend(backend, device) == "triton"))
-    if labels is None:
-        found = found._replace(student_logprob=None, teacher_logprob=None)
-    return RowStatistics(*(None if column is None else column.view(lead) for column in found))
+    found = _finish_state(FinishInputs(flat, ids, resolve_backend(backend, device)))
+    return RowStatistics(
+        forward_kl=found.forward_kl.view(lead),
+        reverse_kl=found.reverse_kl.view(lead),
+        student_lse=found.student_lse.view(lead),
+        teacher_lse=found.teacher_lse.view(lead),
+        student_logprob=None if found.student_logprob is None else found.student_logprob.view(lead),
+        teacher_logprob=None if found.teacher_logprob is None else found.teacher_logprob.view(lead),
+        student_entropy=found.student_entropy.view(lead),
+        teacher_entropy=found.teacher_entropy.view(lead),
+    )
 
 
 def _check_state(name: str, state: Tensor, *, axis: int) -> None:
@@ -136,3 +147,73 @@ def _check_state(name: str, state: Tensor, *, axis: int) -> None:
     if state.ndim <= axis or state.shape[axis] != STATE_FIELDS:
         wanted = "[S, 12, ...]" if axis else "[12, ...]"
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(state.shape)}")
+
+
+class StateInputs(NamedTuple):
+    """Arguments of ``caop_fast::row_state``."""
+
+    batch: DistillationBatch
+    options: DivergenceOptions
+    vocab: int
+    backend: str
+
+
+class MergeInputs(NamedTuple):
+    """Arguments of ``caop_fast::merge_states``."""
+
+    states: Tensor  # [S, STATE_FIELDS, N]
+    backend: str
+
+
+class FinishInputs(NamedTuple):
+    """Arguments of ``caop_fast::finish_state``."""
+
+    state: Tensor  # [STATE_FIELDS, N]
+    labels: Tensor | None  # [N] int64
+    backend: str
+
+
+def _run_row_state(inputs: StateInputs) -> Tensor:
+    batch, options, vocab, backend = inputs
+    dtype = checks.statistics_dtype((batch.student, batch.teacher))
+    return get_backend(backend).row_state(batch, options, vocab, dtype)
+
+
+def _fake_row_state(inputs: StateInputs) -> Tensor:
+    student, teacher, *_ = inputs.batch
+    dtype = checks.statistics_dtype((student, teacher))
+    return student.new_empty((STATE_FIELDS, student.shape[0]), dtype=dtype)
+
+
+def _fake_finish(inputs: FinishInputs) -> RowStatistics:
+    def column() -> Tensor:
+        return inputs.state.new_empty(inputs.state.shape[1])
+
+    labelled = inputs.labels is not None
+    return RowStatistics(
+        forward_kl=column(),
+        reverse_kl=column(),
+        student_lse=column(),
+        teacher_lse=column(),
+        student_logprob=column() if labelled else None,
+        teacher_logprob=column() if labelled else None,
+        student_entropy=column(),
+        teacher_entropy=column(),
+    )
+
+
+_row_state = Operator("row_state", StateInputs, Tensor, _run_row_state, _fake_row_state)
+_merge_states = Operator(
+    "merge_states",
+    MergeInputs,
+    Tensor,
+    lambda inputs: get_backend(inputs.backend).merge_states(inputs.states),
+    lambda inputs: inputs.states.new_empty(inputs.states.shape[1:]),
+)
+_finish_state = Operator(
+    "finish_state",
+    FinishInputs,
+    RowStatistics,
+    lambda inputs: get_backend(inputs.backend).finish_state(inputs.state, inputs.labels),
+    _fake_finish,
+)

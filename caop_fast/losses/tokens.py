@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.backend import resolve_backend
-from caop_fast.losses.ops.tokens import token_rows
+from caop_fast.losses.backends.resolve import get_backend, resolve_backend
+from caop_fast.losses.batches import Columns, SavedTokens, TokenBatch, TokenGrads, TokenRows
+from caop_fast.losses.operator import GradientOperator, Operator, Overwrites
+from caop_fast.losses.options import ExecutionConfig, TokenOptions
 from caop_fast.losses.outputs import TokenStatistics
+
+ONCE = "token_statistics can be differentiated once: double backward through it is not supported"
+DIFFERENTIABLE = ("logprob", "entropy", "lse")
 
 
 def token_statistics(
@@ -52,18 +60,80 @@ def token_statistics(
     device = checks.one_device({"logits": logits, "labels": labels, "weights": weights})
     vocab = checks.vocabulary(vocab_size, logits=logits.shape[-1])
     dtype = checks.statistics_dtype((logits,))
-    label_ids = checks.label_ids(labels, lead, vocab, values=False)
-    row_weights = checks.row_weights(weights, label_ids, lead, dtype, values=False)
+    label_ids = checks.label_ids(labels, lead)
+    row_weights = checks.row_weights(weights, label_ids, lead, dtype)
+    options = TokenOptions(checks.positive("temperature", temperature), checks.optional_positive("softcap", softcap))
     checks.overwritable("logits", logits, inplace)
-    logprob, entropy, lse, _ = token_rows(
-        logits.reshape(-1, logits.shape[-1]),
-        label_ids,
-        row_weights,
-        checks.positive("temperature", temperature),
-        checks.positive("softcap", softcap, optional=True),
-        vocab,
-        inplace,
-        resolve_backend(backend, device) == "triton",
-        checks.checks_values(validate, device),
+    execution = ExecutionConfig(resolve_backend(backend, device), checks.checks_values(validate, device), inplace)
+    batch = TokenBatch(logits.reshape(-1, logits.shape[-1]), label_ids, row_weights)
+    return token_output(token_rows(TokenInputs(batch, options, vocab, execution)), lead)
+
+
+def token_output(found: TokenRows, lead: torch.Size) -> TokenStatistics:
+    """Statistics [N] with the leading shape of the inputs."""
+    logprob = None if found.logprob is None else found.logprob.view(lead)
+    return TokenStatistics(logprob, found.entropy.view(lead), found.lse.view(lead))
+
+
+class TokenInputs(NamedTuple):
+    """Arguments of ``caop_fast::token_rows``."""
+
+    batch: TokenBatch
+    options: TokenOptions
+    vocab: int
+    execution: ExecutionConfig
+
+
+class GradientInputs(NamedTuple):
+    """Arguments of ``caop_fast::token_gradient``."""
+
+    forward: TokenInputs
+    saved: SavedTokens
+    grads: TokenGrads
+
+
+def _rows(inputs: TokenInputs) -> TokenRows:
+    batch, options, vocab, execution = inputs
+    if execution.validate:
+        checks.check_labels(batch.labels, vocab)
+        checks.check_weights(batch.weights)
+    dtype = checks.statistics_dtype((batch.logits,))
+    return get_backend(execution.backend).token_rows(batch, options, vocab, dtype)
+
+
+def _fake_rows(inputs: TokenInputs) -> TokenRows:
+    batch = inputs.batch
+    dtype = checks.statistics_dtype((batch.logits,))
+    return fake_token_rows(batch.logits, batch.labels, dtype, inputs.execution.backend)
+
+
+def fake_token_rows(like: Tensor, labels: Tensor | None, dtype: torch.dtype, backend: str) -> TokenRows:
+    """Rows without values, for ``like`` [N, ...]."""
+    n_rows, fields = like.shape[0], get_backend(backend).token_saved_fields
+    logprob = None if labels is None else like.new_empty(n_rows, dtype=dtype)
+    entropy, lse = (like.new_empty(n_rows, dtype=dtype) for _ in range(2))
+    return TokenRows(logprob, entropy, lse, like.new_empty((fields, n_rows), dtype=dtype))
+
+
+def _gradient(inputs: GradientInputs, out: Tensor | None) -> Tensor:
+    batch, options, vocab, execution = inputs.forward
+    return get_backend(execution.backend).token_gradient(
+        batch, options, Columns.whole(vocab), inputs.saved, inputs.grads, out
     )
-    return TokenStatistics(None if labels is None else logprob.view(lead), entropy.view(lead), lse.view(lead))
+
+
+def _backward(inputs: TokenInputs, found: TokenRows, grads: TokenRows) -> tuple[Tensor]:
+    saved = SavedTokens(found.saved_statistics, found.entropy)
+    upstream = TokenGrads(grads.logprob, grads.entropy, grads.lse)
+    return (token_gradient(GradientInputs(inputs, saved, upstream), inplace=inputs.execution.inplace),)
+
+
+token_rows = Operator("token_rows", TokenInputs, TokenRows, _rows, _fake_rows)
+token_gradient = GradientOperator("token_gradient", GradientInputs, _gradient, logits="forward_batch_logits", once=ONCE)
+token_rows.register_autograd(
+    _backward,
+    inputs=["batch_logits"],
+    outputs=DIFFERENTIABLE,
+    saved=["entropy", "saved_statistics"],
+    overwrites=Overwrites(lambda inputs: inputs.execution.inplace, "logits", ONCE),
+)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from caop_kernels.constants import TAILS, TOPK_SAVED_FIELDS
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.backend import resolve_backend
-from caop_fast.losses.distillation import reduce_rows
-from caop_fast.losses.ops.topk import topk_rows
+from caop_fast.losses.backends.resolve import get_backend, resolve_backend
+from caop_fast.losses.batches import DistillationGrads, SavedTopK, TopKBatch, TopKRows
+from caop_fast.losses.distillation import DIFFERENTIABLE, ONCE, distillation_output, reduce_rows
+from caop_fast.losses.operator import GradientOperator, Operator, Overwrites
+from caop_fast.losses.options import ExecutionConfig, TopKOptions
 from caop_fast.losses.outputs import DistillationOutput
-from caop_fast.losses.reference.topk import TAILS
 
 MAX_LISTED = 256
+# A log-sum-exp in float32 is rounded by up to 5e-4 for logits up to 1e4, so honest log-probabilities may exceed 0 by
+# that much.
+LOGPROB_SLACK = 1e-3
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -101,38 +108,26 @@ def topk_distillation_loss(
     )
     vocab = checks.vocabulary(vocab_size, student_logits=columns)
     dtype = checks.statistics_dtype((student_logits, teacher_logprobs))
-    label_ids = checks.label_ids(labels, lead, vocab, values=False)
-    row_weights = checks.row_weights(weights, label_ids, lead, dtype, values=False)
-    beta = checks.divergence_beta(beta, lead, dtype, values=False)
-    temperature = checks.positive("temperature", temperature)
-    student_softcap = checks.positive("student_softcap", student_softcap, optional=True)
-    checks.choice("tail", tail, TAILS)
+    label_ids = checks.label_ids(labels, lead)
+    row_weights = checks.row_weights(weights, label_ids, lead, dtype)
+    options = TopKOptions(
+        tail=checks.choice("tail", tail, TAILS),
+        beta=checks.divergence_beta(beta, lead, dtype),
+        temperature=checks.positive("temperature", temperature),
+        softcap=checks.optional_positive("student_softcap", student_softcap),
+    )
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.overwritable("student_logits", student_logits, inplace)
-    divergence, student_logprob, student_entropy, teacher_logprob, teacher_entropy, _ = topk_rows(
+    execution = ExecutionConfig(resolve_backend(backend, device), checks.checks_values(validate, device), inplace)
+    batch = TopKBatch(
         student_logits.reshape(-1, columns),
         teacher_ids.reshape(-1, listed).to(torch.int64),  # narrow integers cannot be compared with every V
         teacher_logprobs.detach().reshape(-1, listed),
         label_ids,
         row_weights,
-        beta if isinstance(beta, Tensor) else None,
-        tail,
-        0.0 if isinstance(beta, Tensor) else beta,
-        temperature,
-        student_softcap,
-        vocab,
-        inplace,
-        resolve_backend(backend, device) == "triton",
-        checks.checks_values(validate, device),
     )
-    return DistillationOutput(
-        reduce_rows(divergence, row_weights, reduction, lead),
-        divergence.view(lead),
-        None if labels is None else student_logprob.view(lead),
-        None if labels is None else teacher_logprob.view(lead),
-        student_entropy.view(lead),
-        teacher_entropy.view(lead),
-    )
+    found = topk_rows(TopKInputs(batch, options, vocab, execution))
+    return distillation_output(reduce_rows(found.divergence, row_weights, reduction, lead), found, lead)
 
 
 def check_listed(ids: Tensor, logprobs: Tensor, lead: torch.Size) -> int:
@@ -150,3 +145,86 @@ def check_listed(ids: Tensor, logprobs: Tensor, lead: torch.Size) -> int:
             f"teacher_logprobs must have the shape of teacher_ids, {tuple(ids.shape)}, got {tuple(logprobs.shape)}"
         )
     return ids.shape[-1]
+
+
+class TopKInputs(NamedTuple):
+    """Arguments of ``caop_fast::topk_rows``."""
+
+    batch: TopKBatch
+    options: TopKOptions
+    vocab: int
+    execution: ExecutionConfig
+
+
+class GradientInputs(NamedTuple):
+    """Arguments of ``caop_fast::topk_gradient``."""
+
+    forward: TopKInputs
+    saved: SavedTopK
+    grads: DistillationGrads
+
+
+def check_values(batch: TopKBatch, options: TopKOptions, vocab: int) -> None:
+    """ValueError on values the mathematics cannot take. Ids and log-probabilities count in rows of weight > 0 only."""
+    _, ids, logprobs, labels, weights = batch
+    checks.check_labels(labels, vocab)
+    checks.check_weights(weights)
+    checks.check_beta(options.beta)
+    if weights is not None:
+        ids, logprobs = ids[weights != 0], logprobs[weights != 0]
+    bad = (ids < -1) | (ids >= vocab)
+    if bool(bad.any()):
+        raise ValueError(f"teacher_ids must be -1 (padding) or in [0, {vocab}), got {int(ids[bad][0])}")
+    ordered = ids.sort(-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if bool(twice.any()):
+        raise ValueError(f"teacher_ids must be distinct within a row, got {int(ordered[:, 1:][twice][0])} twice")
+    bad = ~(logprobs <= LOGPROB_SLACK) & (ids >= 0)
+    if bool(bad.any()):
+        raise ValueError(f"teacher_logprobs must be log-probabilities <= 0, got {float(logprobs[bad][0])}")
+
+
+def _rows(inputs: TopKInputs) -> TopKRows:
+    batch, options, vocab, execution = inputs
+    if execution.validate:
+        check_values(batch, options, vocab)
+    return get_backend(execution.backend).topk_rows(batch, options, vocab)
+
+
+def _fake_rows(inputs: TopKInputs) -> TopKRows:
+    batch = inputs.batch
+    n_rows, dtype = batch.student.shape[0], checks.statistics_dtype((batch.student, batch.logprobs))
+
+    def column() -> Tensor:
+        return batch.student.new_empty(n_rows, dtype=dtype)
+
+    return TopKRows(
+        divergence=column(),
+        student_logprob=None if batch.labels is None else column(),
+        student_entropy=column(),
+        teacher_logprob=None if batch.labels is None else column(),
+        teacher_entropy=column(),
+        saved_statistics=batch.student.new_empty((TOPK_SAVED_FIELDS, n_rows), dtype=dtype),
+    )
+
+
+def _gradient(inputs: GradientInputs, out: Tensor | None) -> Tensor:
+    batch, options, vocab, execution = inputs.forward
+    return get_backend(execution.backend).topk_gradient(batch, options, vocab, inputs.saved, inputs.grads, out)
+
+
+def _backward(inputs: TopKInputs, found: TopKRows, grads: TopKRows) -> tuple[Tensor]:
+    saved = SavedTopK(found.saved_statistics, found.student_entropy)
+    upstream = DistillationGrads(grads.divergence, grads.student_logprob, grads.student_entropy)
+    return (topk_gradient(GradientInputs(inputs, saved, upstream), inplace=inputs.execution.inplace),)
+
+
+topk_rows = Operator("topk_rows", TopKInputs, TopKRows, _rows, _fake_rows)
+topk_gradient = GradientOperator("topk_gradient", GradientInputs, _gradient, logits="forward_batch_student", once=ONCE)
+topk_rows.register_autograd(
+    _backward,
+    inputs=["batch_student"],
+    outputs=DIFFERENTIABLE,
+    saved=["student_entropy", "saved_statistics"],
+    overwrites=Overwrites(lambda inputs: inputs.execution.inplace, "student_logits", ONCE),
+)

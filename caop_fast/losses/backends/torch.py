@@ -201,13 +201,13 @@ class TorchBackend:
             )
             for rows in unmasked.blocks(vocab, logits.device)
         ]
-        shift, total, lse, entropy = (
-            unmasked.spread(torch.cat([block[i] for block in blocks]).view(-1)) for i in range(4)
+        join = unmasked.join
+        return TokenRows(
+            unmasked.join_optional(block.logprob for block in blocks),
+            join(block.entropy for block in blocks),
+            join(block.lse for block in blocks),
+            torch.stack([join(block.shift for block in blocks), join(block.total for block in blocks)]),
         )
-        logprob = None
-        if labels is not None:
-            logprob = unmasked.spread(torch.cat([block.logprob for block in blocks]).view(-1))
-        return TokenRows(logprob, entropy, lse, torch.stack([shift, total]))
 
     def token_gradient(
         self,
@@ -241,18 +241,23 @@ class TorchBackend:
         dtype = checks.statistics_dtype((student, logprobs))
         n_rows = student.shape[0]
         unmasked = UnmaskedRows.of(weights, n_rows)
-        found = []
+        found: list[topk.Statistics] = []
+        totals: list[Tensor] = []
         for rows in unmasked.blocks(vocab, student.device):
             listed = topk.list_teacher(ids[rows], logprobs[rows], vocab, dtype)
             block, chosen = student[rows, :vocab], options.rows(rows)
             opened = topk.open_rows(block, listed, chosen, dtype)
-            found.append(topk.row_statistics(opened, block, listed, take(labels, rows), chosen))
-        columns = [
-            None if parts[0] is None else unmasked.spread(torch.cat(parts).view(-1))
-            for parts in zip(*(statistics for statistics, _ in found), strict=True)
-        ]
-        saved = torch.cat([torch.cat(norm, -1) for _, norm in found])
-        return TopKRows(*columns, torch.stack([unmasked.scatter(column) for column in saved.t()]))
+            statistics, saved = topk.row_statistics(opened, block, listed, take(labels, rows), chosen)
+            found.append(statistics)
+            totals.append(torch.cat(saved, -1))
+        return TopKRows(
+            unmasked.join(block.divergence for block in found),
+            unmasked.join_optional(block.student_logprob for block in found),
+            unmasked.join(block.student_entropy for block in found),
+            unmasked.join_optional(block.teacher_logprob for block in found),
+            unmasked.join(block.teacher_entropy for block in found),
+            torch.stack([unmasked.scatter(column) for column in torch.cat(totals).t()]),
+        )
 
     def topk_gradient(
         self,
@@ -298,8 +303,8 @@ class TorchBackend:
             else:
                 log_p = confidence.candidate_log_p(confidence.open_rows(source[rows, :vocab], options, dtype), ids)
             found.append(confidence.scores(log_p, values, target[rows], options))
-        columns = [unmasked.spread(torch.cat(parts)) for parts in zip(*found, strict=True)]
-        return ConfidenceRows(*columns, saved_statistics=None)
+        loss, expected, variance, outside_mass = (unmasked.join(parts) for parts in zip(*found, strict=True))
+        return ConfidenceRows(loss, expected, variance, outside_mass, None)
 
     def confidence_gradient(
         self,
@@ -335,35 +340,38 @@ class TorchBackend:
         dtype = checks.statistics_dtype((batch.confidence,))
         sums = batch.confidence.new_zeros(batch.n_bins + 1, dtype=dtype)
         for _, cleaned in _cleaned_blocks(batch, dtype):
-            sums += bins.soft_sums(*cleaned, batch.n_bins, batch.temperature)
+            sums += bins.soft_sums(cleaned, batch.n_bins, batch.temperature)
         return SoftError(*bins.soft_error(sums))
 
     def soft_gradient(self, batch: SoftBatch, signs: Tensor, grad_error: Tensor) -> Tensor:
         out = torch.empty_like(batch.confidence, memory_format=torch.contiguous_format)
         for rows, cleaned in _cleaned_blocks(batch, signs.dtype):
-            gradient = grad_error * bins.soft_gradient(*cleaned, signs, batch.temperature)
-            out[rows] = torch.where(cleaned[2] == 0, 0.0, gradient).to(out.dtype)
+            gradient = grad_error * bins.soft_gradient(cleaned, signs, batch.temperature)
+            out[rows] = torch.where(cleaned.weight == 0, 0.0, gradient).to(out.dtype)
         return out
 
 
 def _joined(blocks: list[divergence.RowStatistics], unmasked: UnmaskedRows, has_neg_inf: bool) -> DistillationRows:
     """Statistics of blocks of rows in one."""
-    found = divergence.RowStatistics(
-        *(
-            None if parts[0] is None else unmasked.spread(torch.cat(parts).view(-1))
-            for parts in zip(*blocks, strict=True)
-        )
+    join = unmasked.join
+    log_ratio = join(block.log_ratio for block in blocks)
+    mean_ratio = unmasked.join_optional(block.mean_ratio for block in blocks)
+    saved = (
+        join(block.student_shift for block in blocks),
+        join(block.teacher_shift for block in blocks),
+        join(block.student_total for block in blocks),
+        join(block.teacher_total for block in blocks),
+        log_ratio,
+        torch.zeros_like(log_ratio) if mean_ratio is None else mean_ratio,
     )
-    mean_ratio = torch.zeros_like(found.log_ratio) if found.mean_ratio is None else found.mean_ratio
-    saved = (found.student_shift, found.teacher_shift, found.student_total, found.teacher_total)
     return DistillationRows(
-        found.divergence,
-        found.student_logprob,
-        found.student_entropy,
-        found.teacher_logprob,
-        found.teacher_entropy,
-        torch.stack([*saved, found.log_ratio, mean_ratio]),
-        torch.full((1,), has_neg_inf, dtype=torch.bool, device=found.divergence.device),
+        join(block.divergence for block in blocks),
+        unmasked.join_optional(block.student_logprob for block in blocks),
+        join(block.student_entropy for block in blocks),
+        unmasked.join_optional(block.teacher_logprob for block in blocks),
+        join(block.teacher_entropy for block in blocks),
+        torch.stack(saved),
+        torch.full((1,), has_neg_inf, dtype=torch.bool, device=log_ratio.device),
     )
 
 
@@ -402,12 +410,12 @@ def _blank(gradient: Tensor, width: int, unmasked: UnmaskedRows, weights: Tensor
     gradient[:, width:] = 0
     if unmasked.mask is not None:
         gradient.masked_fill_(unmasked.mask.view(-1, 1), 0)
-    elif unmasked.index is not None and weights is not None:
+    elif unmasked.kept is not None and weights is not None:
         gradient.index_fill_(0, (weights == 0).nonzero().view(-1), 0)
     return gradient
 
 
-def _cleaned_blocks(batch: SoftBatch, dtype: torch.dtype) -> Iterator[tuple[slice | Tensor, tuple[Tensor, ...]]]:
+def _cleaned_blocks(batch: SoftBatch, dtype: torch.dtype) -> Iterator[tuple[slice | Tensor, bins.CleanedRows]]:
     confidence, correct, weights, n_bins, _ = batch
     for rows in row_blocks(confidence.shape[0], n_bins, confidence.device, None):
         yield rows, bins.clean(confidence[rows], correct[rows], take(weights, rows), dtype)

@@ -48,37 +48,38 @@ class TritonBackend:
     ) -> DistillationRows:
         """From one read of both models' logits; two for an interior divergence. The logits say the dtype."""
         student, teacher = unit_columns(batch.student), unit_columns(batch.teacher)
-        per_row = isinstance(options.beta, Tensor)
+        beta = options.beta
         asked = ["student_entropy", "teacher_entropy"]
         if batch.labels is not None:
             asked += ["student_logprob", "teacher_logprob"]
-        if not per_row and not options.interior:
-            asked.append("forward_kl" if options.beta == 0 else "reverse_kl")
+        if not isinstance(beta, Tensor) and not options.interior:
+            asked.append("forward_kl" if beta == 0 else "reverse_kl")
         found = caop_kernels.row_statistics(
             student,
             teacher,
             batch.labels,
-            beta=options.beta if per_row else None,
+            beta=beta if isinstance(beta, Tensor) else None,
             weights=batch.weights,
             vocab_size=vocab,
             statistics=asked,
             saved_statistics=True,
             **_scalars(options),
         )
-        if options.interior:
+        if isinstance(beta, Tensor):
+            divergence = found.divergence
+        elif options.interior:
+            assert found.saved_statistics is not None
             divergence = caop_kernels.mixture_divergence(
                 student,
                 teacher,
                 found.saved_statistics,
-                beta=options.beta,
+                beta=beta,
                 n_cols=vocab,
                 weights=batch.weights,
                 **_scalars(options),
             )
-        elif per_row:
-            divergence = found.divergence
         else:
-            divergence = found.forward_kl if options.beta == 0 else found.reverse_kl
+            divergence = found.forward_kl if beta == 0 else found.reverse_kl
         return _rows(divergence, found)
 
     def distillation_rows_with_gradient(
@@ -119,7 +120,6 @@ class TritonBackend:
             grad_entropy=grad_entropy,
         )
         reads_teacher = grad_divergence is not None
-        per_row = isinstance(options.beta, Tensor)
         return _logit_gradient(
             student,
             unit_columns(teacher),
@@ -129,8 +129,8 @@ class TritonBackend:
             weights=weights,
             vocab_size=columns.width,
             beta=options.beta if options.interior and reads_teacher else None,
-            ratio=reads_teacher and (per_row or options.beta > 0),
-            teacher=reads_teacher and (per_row or options.beta == 0),
+            ratio=reads_teacher and (isinstance(options.beta, Tensor) or options.beta > 0),
+            teacher=reads_teacher and (isinstance(options.beta, Tensor) or options.beta == 0),
             log=grad_entropy is not None,
             label=grad_logprob is not None,
             **_scalars(options),
@@ -162,13 +162,13 @@ class TritonBackend:
             unit_columns(student),
             unit_columns(teacher),
             saved_statistics,
-            beta=options.beta,
+            beta=options.mixture_beta,
             n_cols=student.shape[1],
             **_scalars(options),
         )
 
     def finish_mixture(self, sums: Tensor, saved_statistics: Tensor, options: DivergenceOptions) -> Tensor:
-        return caop_kernels.finish_mixture(sums, saved_statistics, beta=options.beta)
+        return caop_kernels.finish_mixture(sums, saved_statistics, beta=options.mixture_beta)
 
     def token_rows(self, batch: TokenBatch, options: TokenOptions, vocab: int, dtype: torch.dtype) -> TokenRows:
         found = caop_kernels.row_statistics(
@@ -259,7 +259,7 @@ class TritonBackend:
         return found if out is None or found is out else out.copy_(found)
 
     def confidence_rows(self, batch: ConfidenceBatch, options: ConfidenceOptions, vocab: int) -> ConfidenceRows:
-        *scores, saved_statistics = caop_kernels.confidence_scores(
+        loss, expected, variance, outside_mass, saved_statistics = caop_kernels.confidence_scores(
             unit_columns(batch.source),
             batch.ids,
             batch.values,
@@ -268,7 +268,8 @@ class TritonBackend:
             vocab_size=vocab,
             **options._asdict(),
         )
-        return ConfidenceRows(*scores, saved_statistics=None if batch.ids is None else saved_statistics)
+        saved = None if batch.ids is None else saved_statistics
+        return ConfidenceRows(loss, expected, variance, outside_mass, saved)
 
     def confidence_gradient(
         self,
@@ -346,8 +347,9 @@ def _topk_options(options: TopKOptions) -> dict[str, Any]:
     }
 
 
-def _rows(divergence: Tensor, found: Any) -> DistillationRows:
+def _rows(divergence: Tensor | None, found: Any) -> DistillationRows:
     """The kernels' row statistics."""
+    assert divergence is not None
     return DistillationRows(
         divergence,
         found.student_logprob,
@@ -365,7 +367,7 @@ def _token_rows(found: Any) -> TokenRows:
 
 
 def _logit_gradient(
-    logits: Tensor, teacher: Tensor | None, coefficients: Tensor, out: Tensor | None, **options: Any
+    logits: Tensor, teacher: Tensor | None, coefficients: Tensor, out: Tensor | None, /, **options: Any
 ) -> Tensor:
     """The gradient kernel, for logits of any column stride."""
     unit = unit_columns(logits)

@@ -13,6 +13,8 @@ fraction. The derivative of |.| at 0 is 0.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -33,14 +35,22 @@ def bin_sums(confidence: Tensor, correct: Tensor, edges: Tensor) -> Tensor:
     return torch.stack([torch.where(member, column.unsqueeze(-1), 0.0).sum(0) for column in columns])
 
 
-def clean(confidence: Tensor, correct: Tensor, weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+class CleanedRows(NamedTuple):
+    """Rows [R] with 0 in those that are left out."""
+
+    confidence: Tensor
+    correct: Tensor
+    weight: Tensor
+
+
+def clean(confidence: Tensor, correct: Tensor, weights: Tensor | None, dtype: torch.dtype) -> CleanedRows:
     """Confidence, correct and weight as ``dtype`` [R]; 0 in rows that are left out."""
     c, y = confidence.to(dtype), correct.to(dtype)
     used = counted(c, y)
     if weights is not None:
         used = used & (weights != 0)
     w = torch.ones_like(c) if weights is None else weights.to(dtype)
-    return tuple(torch.where(used, column, 0.0) for column in (c, y, w))
+    return CleanedRows(*(torch.where(used, column, 0.0) for column in (c, y, w)))
 
 
 def memberships(confidence: Tensor, n_bins: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -50,8 +60,9 @@ def memberships(confidence: Tensor, n_bins: int, temperature: float) -> tuple[Te
     return (-((confidence.unsqueeze(-1) - centres) ** 2) / temperature).softmax(-1), centres
 
 
-def soft_sums(c: Tensor, y: Tensor, w: Tensor, n_bins: int, temperature: float) -> Tensor:
+def soft_sums(rows: CleanedRows, n_bins: int, temperature: float) -> Tensor:
     """[B + 1]: D_b, and the sum of weights, of cleaned rows [R]."""
+    c, y, w = rows
     u, _ = memberships(c, n_bins, temperature)
     return torch.cat([(u * (w * (c - y)).unsqueeze(-1)).sum(0), w.sum().view(1)])
 
@@ -63,8 +74,9 @@ def soft_error(sums: Tensor) -> tuple[Tensor, Tensor]:
     return sums[:-1].abs().sum().view(1) * inverse, torch.cat([sums[:-1].sign() * inverse, total])
 
 
-def soft_gradient(c: Tensor, y: Tensor, w: Tensor, signs: Tensor, temperature: float) -> Tensor:
+def soft_gradient(rows: CleanedRows, signs: Tensor, temperature: float) -> Tensor:
     """Gradient [R] of the error in the confidence of cleaned rows."""
+    c, y, w = rows
     u, centres = memberships(c, signs.numel() - 1, temperature)
     mean = (u * centres).sum(-1, keepdim=True)
     pull = (c - y).unsqueeze(-1) * (2 / temperature) * (centres - mean)

@@ -232,7 +232,8 @@ def log_quotient(block: Block, has_neg_inf: bool) -> Tensor:
 def choose_divergence(beta: float | Tensor, forward: Tensor | None, reverse: Tensor | None) -> Tensor:
     """The KL that beta, 0 or 1, asks for; in a tensor any other entry gives NaN."""
     if isinstance(beta, Tensor):
-        assert forward is not None and reverse is not None
+        assert forward is not None
+        assert reverse is not None
         column = beta.view_as(forward)
         return torch.where(column == 0, forward, torch.where(column == 1, reverse, math.nan))
     chosen = forward if beta == 0 else reverse
@@ -305,7 +306,7 @@ def coefficients(
         if forward is not None:
             terms.append(forward)
             teacher = forward
-        if ratio is not None:
+        if ratio is not None and rows.mean_ratio is not None:
             terms.append(-scaled_statistic(ratio, rows.mean_ratio))
     if grad_logprob is not None and labels is not None:
         label = blank_labels(grad_logprob, labels.view(-1, 1), vocab)
@@ -376,7 +377,7 @@ def logit_gradient(
         gradient = es.mul_(bracket)
     if c.teacher is not None:
         gradient.sub_(et.mul_(c.teacher / rows.teacher_total))
-    if c.label is not None:
+    if c.label is not None and labels is not None:
         add_at_labels(gradient, labels, c.label)
     return gradient if slope is None else gradient.mul_(slope)
 

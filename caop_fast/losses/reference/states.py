@@ -111,19 +111,20 @@ def finish_state(state: Tensor, labels: Tensor | None) -> RowStatistics:
     """Statistics [N] in nats of a state [12, N]."""
     m_s, m_t, _, _, _, a_s, a_t, *_, y_s, y_t = state
     z_s, z_t, _, forward, reverse = _ratios(state)
-    logprobs = [None, None]
-    if labels is not None:
-        logprobs = [
-            torch.where(labels == IGNORE_INDEX, 0.0, torch.where(y < ABSENT, (y - z.log2()) * LN2, math.nan))
-            for y, z in ((y_s, z_s), (y_t, z_t))
-        ]
+
+    def label_logprob(y: Tensor, z: Tensor) -> Tensor | None:
+        if labels is None:
+            return None
+        held = torch.where(y < ABSENT, (y - z.log2()) * LN2, math.nan)
+        return torch.where(labels == IGNORE_INDEX, 0.0, held)
+
     return RowStatistics(
         forward_kl=forward.clamp(min=0),
         reverse_kl=reverse.clamp(min=0),
         student_lse=(m_s + z_s.log2()) * LN2,
         teacher_lse=(m_t + z_t.log2()) * LN2,
-        student_logprob=logprobs[0],
-        teacher_logprob=logprobs[1],
+        student_logprob=label_logprob(y_s, z_s),
+        teacher_logprob=label_logprob(y_t, z_t),
         student_entropy=(z_s.log() - a_s / z_s * LN2).clamp(min=0),
         teacher_entropy=(z_t.log() - a_t / z_t * LN2).clamp(min=0),
     )

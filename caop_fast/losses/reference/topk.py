@@ -55,7 +55,7 @@ class Listed(NamedTuple):
     """The teacher's side of a block of rows."""
 
     valid: Tensor  # [R, k] bool: an id, not padding
-    index: Tensor  # [R, k] int64: a column of the row; padding repeats the row's first id (0 where it has none)
+    columns: Tensor  # [R, k] int64: a column of the row; padding repeats the row's first id (0 where it has none)
     first: Tensor  # [R, 1] int64: where that first id stands in the list
     bad: Tensor  # [R, 1] bool: an id outside [-1, V)
     ids: Tensor  # [R, k] as given
@@ -106,10 +106,10 @@ def open_rows(
 ) -> Opened:
     """Split the tempered logits of raw rows [R, V] into the listed ones and the others."""
     a, derivative, owned = temper(student, options.temperature, options.softcap, dtype, consume=False, slope=slope)
-    picked = a.gather(-1, listed.index)
+    picked = a.gather(-1, listed.columns)
     some = listed.valid.any(-1, keepdim=True)
     blank = torch.where(some, -math.inf, picked)  # without any id the index is column 0, which keeps its value
-    tail = a.scatter_(-1, listed.index, blank) if owned else a.scatter(-1, listed.index, blank)
+    tail = a.scatter_(-1, listed.columns, blank) if owned else a.scatter(-1, listed.columns, blank)
     return Opened(picked.masked_fill(~listed.valid, -math.inf), tail, derivative)
 
 
@@ -228,17 +228,30 @@ def row_statistics(
     divergence = torch.where(broken, math.nan, divergence.clamp(min=0) if options.normalized else divergence)
     pt = t.exp()
     teacher_entropy = torch.where(pt == 0, 0.0, -(pt * t)).sum(-1, keepdim=True)
-    found = [divergence, None, entropy, None, teacher_entropy.clamp(min=0)]
+    student_logprob: Tensor | None = None
+    teacher_logprob: Tensor | None = None
     if labels is not None:
         column = labels.view(-1, 1)
         raw = student.gather(-1, column.clamp(0, vocab - 1))
         a, *_ = temper(raw, options.temperature, options.softcap, entropy.dtype, consume=True)
-        found[1] = blank_labels(a - norm.shift - norm.total.log(), column, vocab)
+        student_logprob = _unless(listed.bad, blank_labels(a - norm.shift - norm.total.log(), column, vocab))
         match = listed.valid & (listed.ids == column)
         picked = torch.where(match, listed.logprobs, 0.0).sum(-1, keepdim=True)
-        found[3] = torch.where(match.any(-1, keepdim=True), picked, math.nan)
-        found[3] = torch.where(column == IGNORE_INDEX, 0.0, found[3])
-    return Statistics(*(None if x is None else torch.where(listed.bad, math.nan, x) for x in found)), norm
+        picked = torch.where(match.any(-1, keepdim=True), picked, math.nan)
+        teacher_logprob = _unless(listed.bad, torch.where(column == IGNORE_INDEX, 0.0, picked))
+    statistics = Statistics(
+        _unless(listed.bad, divergence),
+        student_logprob,
+        _unless(listed.bad, entropy),
+        teacher_logprob,
+        _unless(listed.bad, teacher_entropy.clamp(min=0)),
+    )
+    return statistics, norm
+
+
+def _unless(bad: Tensor, values: Tensor) -> Tensor:
+    """``values`` [R, 1], NaN in the rows ``bad``."""
+    return torch.where(bad, math.nan, values)
 
 
 def logit_gradient(
@@ -275,7 +288,7 @@ def logit_gradient(
             constant = flow(d, h[:, -1:] / norm.tail_total - scale * total)
         elif options.tail == "ignore":
             constant = flow(d, -scale * total)
-    if grad_logprob is not None:
+    if grad_logprob is not None and labels is not None:
         label = blank_labels(grad_logprob, labels.view(-1, 1), vocab)
         value = value + torch.where(listed.ids == labels.view(-1, 1), label, 0.0) - flow(label, p)
         constant = constant - flow(label, scale)
@@ -288,11 +301,11 @@ def logit_gradient(
 
     u, gradient = shifted(opened.tail, norm.tail_shift)
     gradient.mul_(constant if log is None else u.mul_(log).add_(constant))
-    if grad_logprob is not None:
+    if grad_logprob is not None and labels is not None:
         gradient.scatter_add_(-1, labels.view(-1, 1).clamp(0, vocab - 1), label)
     value = torch.where(listed.valid, value, value.gather(-1, listed.first))
     value = torch.where(listed.valid.any(-1, keepdim=True), value, gradient[:, :1])
-    gradient.scatter_(-1, listed.index, value)
+    gradient.scatter_(-1, listed.columns, value)
     return gradient if opened.slope is None else gradient.mul_(opened.slope)
 
 
