@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from caop_fast.losses.rows import Columns, Rows
 from gradient_oracle import assert_gradient, exact_gradient, upstream
 from oracle import statistics
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from caop_fast.losses import on_triton, rows
 from caop_fast.losses.reference import states
 from caop_fast.losses.reference.divergence import Options
-from caop_fast.losses.rows import Columns, Rows
 
 V = 1031
 CUTS = ((0, 700, V), (0, 1, 430, V))  # one column alone is a block, too

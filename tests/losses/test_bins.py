@@ -7,11 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.opcheck import opcheck
 
 from caop_fast.calibration import calibration_metrics
 from caop_fast.calibration.counts import bin_index
+from caop_fast.losses import bins
+from caop_fast.losses.batches import SoftBatch
 from caop_fast.losses.bins import calibration_bins, soft_ece
-from caop_fast.losses.ops import bins as ops
+from caop_fast.losses.options import ExecutionConfig
 
 
 def answers(n=500, seed=0):
@@ -128,7 +131,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     leaf = c.clone().requires_grad_()
     whole = soft_ece(leaf, y)
     whole.backward()
-    monkeypatch.setattr("caop_fast.losses.rows.CPU_BLOCK_ELEMENTS", 70)
+    monkeypatch.setattr("caop_fast.losses.backends.row_blocks.CPU_BLOCK_ELEMENTS", 70)
     parts = c.clone().requires_grad_()
     value = soft_ece(parts, y)
     value.backward()
@@ -143,8 +146,10 @@ def test_differentiable_once_and_opcheck():
     (gradient,) = torch.autograd.grad(soft_ece(leaf, y), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         gradient.sum().backward()
-    torch.library.opcheck(ops.soft_ece, (leaf, y, torch.ones(12, dtype=torch.float64), 5, 0.02, False, True))
-    torch.library.opcheck(ops.calibration_bins, (c, y, 5, "exact", False, True))
+    execution = ExecutionConfig("torch", validate=True)
+    batch = SoftBatch(leaf, y, torch.ones(12, dtype=torch.float64), 5, 0.02)
+    opcheck(bins._soft_ece, bins.SoftInputs(batch, execution))
+    opcheck(bins._calibration_bins, bins.BinInputs(c, y, 5, "exact", execution))
 
 
 def test_compiles_as_one_graph():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from caop_fast.losses.rows import Columns
 from column_blocks import (
     BETAS,
     CUTS,
@@ -28,7 +29,6 @@ from gradient_oracle import assert_gradient, exact_gradient, upstream
 from caop_fast.losses import rows
 from caop_fast.losses.reference import states
 from caop_fast.losses.reference.divergence import Options
-from caop_fast.losses.rows import Columns
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,14 @@ import math
 
 import pytest
 import torch
+from caop_kernels.constants import CONFIDENCE_KINDS as KINDS
+from caop_kernels.constants import confidence_loss, confidence_loss_from_logprobs
+from helpers.opcheck import opcheck
 
-from caop_fast.losses.confidence import KINDS, confidence_loss, confidence_loss_from_logprobs
-from caop_fast.losses.ops import confidence as ops
-from caop_fast.losses.rows import CPU_BLOCK_ELEMENTS
+from caop_fast.losses import confidence
+from caop_fast.losses.backends.row_blocks import CPU_BLOCK_ELEMENTS
+from caop_fast.losses.batches import ConfidenceBatch, ConfidenceGrads
+from caop_fast.losses.options import ConfidenceOptions, ExecutionConfig
 
 VALUES = [0.5, 0.0, 1.0, 0.25, 0.75]
 IDS = [7, 2, 9, 4, 5]
@@ -117,10 +121,14 @@ def test_opcheck(with_ids):
     source = logits if with_ids else logits.log_softmax(-1)[:, IDS]
     ids = torch.tensor(IDS) if with_ids else None
     weights = torch.tensor([1.0, 0, 2, 1, 1, 0])
-    arguments = (source.requires_grad_(), ids, torch.tensor(VALUES), target, weights, "brier", 0.5, 1e-6, 1.0)
-    torch.library.opcheck(
-        ops.confidence_rows, (*arguments, 5.0 if with_ids else None, 12 if with_ids else 5, False, False)
-    )
+    batch = ConfidenceBatch(source.requires_grad_(), ids, torch.tensor(VALUES), target, weights)
+    options = ConfidenceOptions("brier", 0.5, 1e-6, 1.0, 5.0 if with_ids else None)
+    vocab = 12 if with_ids else 5
+    inputs = confidence.ConfidenceInputs(batch, options, vocab, ExecutionConfig("torch"))
+    opcheck(confidence.confidence_rows, inputs)
+    inputs = inputs._replace(batch=batch._replace(source=source.detach()))
+    grads = ConfidenceGrads(*torch.ones(4, 6))
+    opcheck(confidence.confidence_gradient, confidence.GradientInputs(inputs, None, grads))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +155,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     weights = (torch.arange(40) % 3 != 0).float()
     results = []
     for elements in (CPU_BLOCK_ELEMENTS, 36):
-        monkeypatch.setattr("caop_fast.losses.rows.CPU_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr("caop_fast.losses.backends.row_blocks.CPU_BLOCK_ELEMENTS", elements)
         leaf = logits.clone().requires_grad_()
         out = confidence_loss(leaf, IDS, VALUES, target, weights=weights, vocab_size=11, temperature=0.7)
         out.loss.backward()

@@ -9,8 +9,9 @@ import torch
 from oracle import pairwise, plain, statistics, weighted_mean
 
 from caop_fast import distillation_loss
-from caop_fast.losses import rows
-from caop_fast.losses.reference.divergence import Options, contains_neg_inf, open_block
+from caop_fast.losses.options import DivergenceOptions
+from caop_fast.losses.reference import divergence
+from caop_fast.losses.reference.divergence import contains_neg_inf, open_block
 
 NAMES = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5, torch.float64: 1e-12}
@@ -322,7 +323,9 @@ def test_the_careful_way_is_the_same_where_nothing_is_excluded(monkeypatch, beta
     results = []
     for care in (False, True):
         calls = []
-        monkeypatch.setattr(rows, "contains_neg_inf", lambda block, care=care, calls=calls: calls.append(block) or care)
+        monkeypatch.setattr(
+            divergence, "contains_neg_inf", lambda block, care=care, calls=calls: calls.append(block) or care
+        )
         leaf = student.clone().requires_grad_()
         out = distillation_loss(leaf, teacher, labels, beta=chosen)
         (out.loss + 0.3 * out.student_logprob.sum() + 0.2 * out.student_entropy.sum()).backward()
@@ -334,7 +337,7 @@ def test_the_careful_way_is_the_same_where_nothing_is_excluded(monkeypatch, beta
 def test_care_is_taken_where_it_is_needed():
     def block(*logits, device="cpu"):
         student = torch.tensor([logits], device=device)
-        return open_block(student, torch.zeros_like(student), Options(), torch.float32)[0]
+        return open_block(student, torch.zeros_like(student), DivergenceOptions(), torch.float32)[0]
 
     assert not contains_neg_inf(block(0.0, 1e4, -1e4))
     assert contains_neg_inf(block(0.0, -math.inf, 1.0))

@@ -15,9 +15,7 @@ from caop_fast import (
     linear_token_statistics,
     linear_topk_distillation_loss,
 )
-from caop_fast.losses import rows as blocks
-from caop_fast.losses.linear import selection
-from caop_fast.losses.ops import confidence, topk
+from caop_fast.losses.backends.row_blocks import UnmaskedRows
 
 LINEAR = ("balanced", "min", "rows", "tokens", "topk", "confidence")
 
@@ -60,9 +58,12 @@ def run(name, bad):
 def test_masking_equals_dropping(monkeypatch, name, bad):
     dropped = run(name, bad)
     calls = []
-    for module in (blocks, selection, topk):
-        monkeypatch.setattr(module, "live_rows", lambda w: calls.append(w) or (None, None if w is None else w == 0))
-    monkeypatch.setattr(confidence, "live_index", lambda w: None)
+
+    def mask(weights, n_rows):
+        calls.append(weights)
+        return UnmaskedRows(n_rows, None, None if weights is None else weights == 0)
+
+    monkeypatch.setattr(UnmaskedRows, "of", staticmethod(mask))
     masked = run(name, bad)
     assert calls, "the rows were not masked: nothing was compared"
     for a, b in zip(masked, dropped, strict=True):

@@ -7,9 +7,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.opcheck import opcheck
 from oracle import log_probs
 
 from caop_fast import finish_state, merge_states, row_state
+from caop_fast.losses import states
+from caop_fast.losses.batches import DistillationBatch
+from caop_fast.losses.options import DivergenceOptions
 
 CUTS = ([0, 1031], [0, 500, 1031], [0, 1, 2, 700, 703, 1031])
 
@@ -158,13 +162,12 @@ def test_compiles_as_one_graph():
 
     for a, b in zip(f(student), torch.compile(f, fullgraph=True, backend="aot_eager")(student), strict=True):
         assert torch.equal(a, b)
-    from caop_fast.losses.ops import states as ops
-
-    torch.library.opcheck(ops.row_state, (student, teacher, labels, 0.7, 5.0, None, 1000, False))
+    batch = DistillationBatch(student, teacher, labels, None)
+    opcheck(states._row_state, states.StateInputs(batch, DivergenceOptions(0.0, 0.7, 5.0, None), 1000, "torch"))
     state = row_state(student, teacher, labels)
-    torch.library.opcheck(ops.merge_states, (torch.stack([state, state]), False))
-    torch.library.opcheck(ops.finish_state, (state, labels, False))
-    torch.library.opcheck(ops.finish_state, (state, None, False))
+    opcheck(states._merge_states, states.MergeInputs(torch.stack([state, state]), "torch"))
+    opcheck(states._finish_state, states.FinishInputs(state, labels, "torch"))
+    opcheck(states._finish_state, states.FinishInputs(state, None, "torch"))
 
 
 @pytest.mark.parametrize(

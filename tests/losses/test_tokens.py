@@ -6,8 +6,12 @@ import math
 
 import pytest
 import torch
+from helpers.opcheck import opcheck
 
 from caop_fast import token_statistics
+from caop_fast.losses import tokens
+from caop_fast.losses.batches import SavedTokens, TokenBatch, TokenGrads
+from caop_fast.losses.options import ExecutionConfig, TokenOptions
 
 
 def make(n, vocab, dtype=torch.float32, peak=3.0, seed=0):
@@ -188,15 +192,13 @@ def test_compiles_as_one_graph():
     (want,) = torch.autograd.grad(f(logits), logits)
     (got,) = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(logits), logits)
     assert torch.equal(got, want)
-    from caop_fast.losses.ops.tokens import token_rows, token_rows_backward, token_rows_backward_
-
-    arguments = (logits, labels, torch.tensor([1.0, 0, 1, 1, 2, 1]), 0.7, 5.0, 30, False, False, False)
-    torch.library.opcheck(token_rows, arguments)
-    _, entropy, _, saved_statistics = (t.detach() for t in token_rows(*arguments))
-    upstream = tuple(torch.randn(3, 6))
-    backward = (logits.detach(), labels, arguments[2], saved_statistics, entropy, *upstream, 0.7, 5.0, 30, False)
-    torch.library.opcheck(token_rows_backward, backward)
-    torch.library.opcheck(token_rows_backward_, backward)
+    batch = TokenBatch(logits, labels, torch.tensor([1.0, 0, 1, 1, 2, 1]))
+    inputs = tokens.TokenInputs(batch, TokenOptions(0.7, 5.0), 30, ExecutionConfig("torch"))
+    opcheck(tokens.token_rows, inputs)
+    found = tokens.token_rows(inputs)
+    saved = SavedTokens(found.saved_statistics, found.entropy.detach())
+    inputs = inputs._replace(batch=batch._replace(logits=logits.detach()))
+    opcheck(tokens.token_gradient, tokens.GradientInputs(inputs, saved, TokenGrads(*torch.randn(3, 6))))
 
 
 BAD = [

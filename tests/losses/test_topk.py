@@ -10,10 +10,14 @@ import torch
 from topk_oracle import NAMES, make, oracle
 
 pytest.register_assert_rewrite("topk_cases", "topk_edge_cases")
+from helpers.opcheck import opcheck  # noqa: E402
 from topk_cases import *  # noqa: E402, F403
 from topk_edge_cases import *  # noqa: E402, F403
 
-from caop_fast.losses import rows  # noqa: E402
+from caop_fast.losses import topk  # noqa: E402
+from caop_fast.losses.backends import row_blocks  # noqa: E402
+from caop_fast.losses.batches import DistillationGrads, SavedTopK, TopKBatch  # noqa: E402
+from caop_fast.losses.options import ExecutionConfig, TopKOptions  # noqa: E402
 from caop_fast.losses.topk import topk_distillation_loss  # noqa: E402
 
 
@@ -110,7 +114,7 @@ def test_blocks_of_rows_join(monkeypatch, tail):
     weights = torch.tensor([1.0, 0, 2, 3, 0, 1, 1])
     results = []
     for elements in (1 << 19, 250):  # all rows at once, two rows at a time
-        monkeypatch.setattr(rows, "CPU_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(row_blocks, "CPU_BLOCK_ELEMENTS", elements)
         found = student.clone().requires_grad_()
         beta = torch.tensor([0.0, 1, 1, 0, 1, 0, 1])
         out = topk_distillation_loss(found, ids, logprobs, labels, tail=tail, beta=beta, weights=weights)
@@ -126,31 +130,16 @@ def test_operators_are_registered_soundly(tail, with_labels):
     student, ids, logprobs, _ = make(3, 15, 4, torch.float64)
     labels = ids[:, 0].contiguous() if with_labels else None  # listed: NaN would not equal itself below
     beta = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64) if with_labels else None
-    arguments = (
-        student.requires_grad_(),
-        ids,
-        logprobs,
-        labels,
-        None,
-        beta,
-        tail,
-        0.3,
-        1.5,
-        4.0,
-        15,
-        False,
-        False,
-        True,
-    )
-    torch.library.opcheck(torch.ops.caop_fast.topk_rows, arguments)
-    out = torch.ops.caop_fast.topk_rows(*arguments)
+    batch = TopKBatch(student.requires_grad_(), ids, logprobs, labels, None)
+    options = TopKOptions(tail, 0.3 if beta is None else beta, 1.5, 4.0)
+    inputs = topk.TopKInputs(batch, options, 15, ExecutionConfig("torch", validate=True))
+    opcheck(topk.topk_rows, inputs)
+    found = topk.topk_rows(inputs)
     d = torch.ones(3, dtype=torch.float64)
-    back = (
-        student.detach().clone(), ids, logprobs, labels, None, beta, out[5].detach(), out[2].detach(), d,
-        d if with_labels else None, None, tail, 0.3, 1.5, 4.0, 15, False,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.caop_fast.topk_gradient, back)
-    torch.library.opcheck(torch.ops.caop_fast.topk_gradient_, back)
+    inputs = inputs._replace(batch=batch._replace(student=student.detach().clone()))
+    saved = SavedTopK(found.saved_statistics, found.student_entropy.detach())
+    grads = DistillationGrads(d, d if with_labels else None, None)
+    opcheck(topk.topk_gradient, topk.GradientInputs(inputs, saved, grads))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

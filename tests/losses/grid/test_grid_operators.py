@@ -7,13 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.opcheck import opcheck
 
 from caop_fast import distillation_loss
-from caop_fast.losses.ops.distillation import (
-    distillation_rows,
-    distillation_rows_backward,
-    distillation_rows_backward_,
-)
+from caop_fast.losses import distillation
+from caop_fast.losses.batches import DistillationBatch, DistillationGrads
+from caop_fast.losses.options import DivergenceOptions, ExecutionConfig
 
 # What makes the host wait for an accelerator: reading a value, or a shape that depends on values.
 READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
@@ -59,23 +58,22 @@ def test_the_host_reads_nothing_back(place, beta, inplace):
 @pytest.mark.parametrize("case", ["labelled", "bare", "rows"])
 def test_opcheck(place, case):
     student, teacher, labels, weights = rows(place)
-    chosen, beta, cap, vocab = None, 0.0, None, 12
+    options, vocab = DivergenceOptions(0.0, 1.5), 12
     if case == "bare":
-        labels, weights, beta, cap, vocab = None, None, 0.5, 4.0, 11
+        labels, weights, vocab = None, None, 11
+        options = DivergenceOptions(0.5, 1.5, student_softcap=4.0)
     if case == "rows":
-        chosen = torch.tensor([1.0, 0.0, 1.0], device=place.device)
-    scalars = (beta, 1.5, cap, None, vocab)
-    triton = place.backend == "triton"
-    arguments = (student.requires_grad_(), teacher, labels, weights, chosen, *scalars, False, triton, True)
-    torch.library.opcheck(distillation_rows, arguments)
-    found = [t.detach() for t in distillation_rows(*arguments)]
-    saved_statistics, has_neg_inf = found[5:]
-    flows = [torch.randn(3, device=place.device), None if labels is None else torch.randn(3, device=place.device), None]
-    arguments = (
-        student.detach(), teacher, labels, weights, chosen, saved_statistics, found[2], has_neg_inf, *flows, *scalars, triton
-    )  # fmt: skip
-    torch.library.opcheck(distillation_rows_backward, arguments)
-    torch.library.opcheck(distillation_rows_backward_, arguments)
+        options = DivergenceOptions(torch.tensor([1.0, 0.0, 1.0], device=place.device), 1.5)
+    batch = DistillationBatch(student.requires_grad_(), teacher, labels, weights)
+    inputs = distillation.DistillationInputs(batch, options, vocab, ExecutionConfig(place.backend, validate=True))
+    opcheck(distillation.distillation_rows, inputs)
+    found = distillation.distillation_rows(inputs)
+    saved = found.saved._replace(student_entropy=found.student_entropy.detach())
+    grads = DistillationGrads(torch.randn(3, device=place.device), torch.randn(3, device=place.device), None)
+    if labels is None:
+        grads = grads._replace(student_logprob=None)
+    inputs = inputs._replace(batch=batch._replace(student=student.detach()))
+    opcheck(distillation.distillation_gradient, distillation.GradientInputs(inputs, saved, grads))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, "rows"])
