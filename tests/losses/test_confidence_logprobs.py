@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from caop_kernels.constants import CONFIDENCE_KINDS as KINDS
-from caop_kernels.constants import confidence_loss, confidence_loss_from_logprobs
+from caop_fast import confidence_loss, confidence_loss_from_logprobs
 from helpers.opcheck import opcheck
 
 from caop_fast.losses import confidence

@@ -9,6 +9,7 @@ import torch
 from oracle import pairwise, plain, statistics, weighted_mean
 
 from caop_fast import distillation_loss
+from caop_fast.losses.backends import row_blocks
 from caop_fast.losses.options import DivergenceOptions
 from caop_fast.losses.reference import divergence
 from caop_fast.losses.reference.divergence import contains_neg_inf, open_block
@@ -380,7 +381,7 @@ def test_block_borders_change_nothing(monkeypatch):
     weights[4] = 0
     results = []
     for elements in (1, 150, 1 << 19):
-        monkeypatch.setattr(rows, "CPU_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(row_blocks, "CPU_BLOCK_ELEMENTS", elements)
         leaf = student.clone().requires_grad_()
         out = distillation_loss(leaf, teacher, labels, weights=weights, beta=(torch.arange(13) % 2).float())
         (out.loss + out.student_entropy.sum()).backward()
