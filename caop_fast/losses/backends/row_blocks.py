@@ -102,7 +102,8 @@ class UnmaskedRows(NamedTuple):
 
     def join(self, blocks: Iterable[Tensor]) -> Tensor:
         """Columns of the blocks in one, [N], with 0 in all rows of weight 0."""
-        return self.spread(torch.cat(list(blocks)).view(-1))
+        columns = list(blocks)
+        return self.spread((columns[0] if len(columns) == 1 else torch.cat(columns)).view(-1))
 
     def join_optional(self, blocks: Iterable[Tensor | None]) -> Tensor | None:
         """The same of a statistic that every block has, or none has."""
