@@ -16,7 +16,7 @@ from benchmarks.groups import OURS
 from benchmarks.peers.peer import Peer
 from benchmarks.records import Record, Results
 from benchmarks.run import Dead, again, blank, dead, last_line, out_of_memory, record, release
-from caop_fast.losses.linear.head import products as narrow_products
+from caop_fast.losses.linear.lm_head import accumulating_gemms
 
 Job = Case | step.StepCase
 
@@ -69,7 +69,7 @@ class Campaign:
                     self.begin(f"a large product in {dtype}")
                     found.setdefault("gemm_tflops", {})[dtype] = self.floors.gemm_tflops(dtype)
                 if self.device.type == "cuda":
-                    found["gemm_to_float32"] = narrow_products(self.device, torch.bfloat16)
+                    found["gemm_to_float32"] = accumulating_gemms(self.device, torch.bfloat16)
             except RuntimeError as error:
                 if not out_of_memory(error) and dead(error):
                     raise Dead(last_line(error)) from error

@@ -128,7 +128,7 @@ class Spec:
         """What sees to ``blocks`` inside."""
         if not self.blocks:
             return nullcontext()
-        return mock.patch.multiple("caop_fast.losses.linear.sizes", CPU_BLOCK_BYTES=1, DEVICE_BLOCK_BYTES=1)
+        return mock.patch.multiple("caop_fast.losses.linear.chunking", CPU_BLOCK_BYTES=1, DEVICE_BLOCK_BYTES=1)
 
     def tokens(self, sizes: Sizes) -> int:
         if self.n is not None:

@@ -10,7 +10,9 @@ from caop_fast.losses.bins import calibration_bins, soft_ece
 from caop_fast.losses.confidence import confidence_loss, confidence_loss_from_logprobs
 from caop_fast.losses.distillation import distillation_loss
 from caop_fast.losses.linear.confidence import linear_confidence_loss
-from caop_fast.losses.linear.distillation import linear_distillation_loss, linear_distillation_rows
+from caop_fast.losses.linear.distillation import linear_distillation_loss
+from caop_fast.losses.linear.distillation_rows import linear_distillation_rows
+from caop_fast.losses.linear.distributed import VocabularyShards
 from caop_fast.losses.linear.modules import (
     LinearConfidenceLoss,
     LinearDistillationLoss,
@@ -18,7 +20,6 @@ from caop_fast.losses.linear.modules import (
     LinearTokenStatistics,
     LinearTopKDistillationLoss,
 )
-from caop_fast.losses.linear.shards import VocabularyShards
 from caop_fast.losses.linear.tokens import linear_token_statistics
 from caop_fast.losses.linear.topk import linear_topk_distillation_loss
 from caop_fast.losses.outputs import (

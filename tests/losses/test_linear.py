@@ -10,7 +10,7 @@ import torch
 from oracle import pairwise, statistics, weighted_mean
 
 from caop_fast import distillation_loss, linear_distillation_loss
-from caop_fast.losses.linear import head
+from caop_fast.losses.linear import lm_head
 
 NAMES = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
 GRID = pairwise(
@@ -177,7 +177,7 @@ def test_reduced_head_is_widened_in_blocks(monkeypatch):
     """bfloat16 operands, float32 logits: the same as float32 GEMMs on the rounded values, at any block size."""
     h_s, w_s, h_t, w_t, labels, _ = make(6, 200, torch.bfloat16)
     want = linear_distillation_loss(h_s.float(), w_s.float(), h_t.float(), w_t.float(), labels)
-    monkeypatch.setattr(head, "WIDEN_BYTES", 4 * 24 * 30)
+    monkeypatch.setattr(lm_head, "WIDEN_BYTES", 4 * 24 * 30)
     got = linear_distillation_loss(h_s, w_s, h_t, w_t, labels)
     torch.testing.assert_close(got.divergence, want.divergence, rtol=1e-5, atol=1e-6)
     rounded = linear_distillation_loss(h_s, w_s, h_t, w_t, labels, logits_dtype=torch.bfloat16)
@@ -240,7 +240,7 @@ def allocations(call) -> list[int]:
 @pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_head_is_never_widened_as_a_whole(monkeypatch, hidden_dtype):
     vocab, hidden = 4096, 256
-    monkeypatch.setattr(head, "WIDEN_BYTES", 1 << 16)
+    monkeypatch.setattr(lm_head, "WIDEN_BYTES", 1 << 16)
     h_s, w_s, h_t, w_t, labels, _ = make(8, vocab, torch.bfloat16, hidden, hidden)
     h_s, h_t = h_s.to(hidden_dtype), h_t.to(hidden_dtype)
     h_s.requires_grad_()

@@ -1,8 +1,7 @@
 """The linear losses: from hidden states and output heads to losses and gradients, without ever holding the logits.
 
-Public functions: ``distillation.py``, ``topk.py``, ``tokens.py``, ``confidence.py``; as modules: ``modules.py``. Below
-them ``arguments.py`` checks what callers pass, ``dtensor.py`` and ``shards.py`` take distributed heads, ``call.py`` is
-what the operators in ``ops/linear_*.py`` take, ``forward.py`` makes gradients in the forward, ``blocks.py`` is the two
-ways through tokens and ids, ``head.py`` the GEMMs, ``sizes.py`` how much is taken at a time, ``selection.py`` rows of
-weight 0, ``distill.py`` what is done to a block.
+Each public function is in one file with its operator: ``distillation.py``, ``distillation_rows.py``, ``topk.py``,
+``tokens.py``, ``confidence.py``; as modules: ``modules.py``. Below them ``config.py`` checks what callers pass and has
+what operators take, ``gradients.py`` computes gradients in the forward pass or from upstream gradients, ``chunking.py``
+goes through tokens and ids, ``lm_head.py`` has the GEMMs, ``distributed.py`` sharded vocabularies and FSDP2's heads.
 """

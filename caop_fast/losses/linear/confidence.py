@@ -1,18 +1,48 @@
-"""The calibration loss on confidence tokens, from hidden states and the output head."""
+"""The calibration loss on confidence tokens, from hidden states and the output head.
+
+``linear_confidence_loss`` calls the operator ``caop_fast::linear_confidence``. Its backward recomputes the logits of one
+chunk of tokens after another: there is one such token per answer, so their projection is a small part of a step, and
+every output stays differentiable. With a sharded vocabulary the logits of a chunk are gathered on every rank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from caop_kernels.constants import CONFIDENCE_SAVED_FIELDS
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.confidence import check_score, confidence_candidates
-from caop_fast.losses.distillation import reduce_rows
-from caop_fast.losses.linear.arguments import Model, check_model, prepare
-from caop_fast.losses.linear.shards import VocabularyShards
-from caop_fast.losses.ops.linear_confidence import linear_confidence
+from caop_fast.losses.backends.resolve import get_backend
+from caop_fast.losses.backends.row_blocks import UnmaskedRows, take
+from caop_fast.losses.batches import ConfidenceBatch, ConfidenceGrads, ConfidenceRows
+from caop_fast.losses.confidence import (
+    DIFFERENTIABLE,
+    ONCE,
+    check_score,
+    check_values,
+    confidence_candidates,
+    confidence_options,
+    confidence_output,
+    fake_confidence_rows,
+    saves_confidence,
+)
+from caop_fast.losses.linear.chunking import (
+    ProjectedSides,
+    ProjectionGrads,
+    open_sides,
+    over_token_chunks,
+    spread_rows,
+    write_rows,
+)
+from caop_fast.losses.linear.config import LinearConfig, prepare
+from caop_fast.losses.linear.distributed import VocabularyShards
+from caop_fast.losses.linear.gradients import fake_gradients, finish_gradients, gradient_inputs, open_upstream
+from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
+from caop_fast.losses.operator import Operator
+from caop_fast.losses.options import ConfidenceOptions
 from caop_fast.losses.outputs import ConfidenceOutput
 
 
@@ -41,9 +71,9 @@ def linear_confidence_loss(
 ) -> ConfidenceOutput:
     """``confidence_loss`` of ``logits = softcap(scale * (hidden W^T + bias))``, without ever holding [N, V] logits.
 
-    Every output is differentiable with respect to hidden states, weight and bias, in any mix, once. The backward makes
-    the logits again: pass only the positions that predict a confidence token. With ``process_group`` each rank holds
-    consecutive rows of the head and gathers the logits of a chunk from the others. Works under
+    Every output is differentiable with respect to hidden states, weight and bias, in any mix, once. The backward
+    recomputes the logits: pass only the positions that predict a confidence token. With ``process_group`` each rank
+    holds consecutive rows of the head and gathers the logits of a chunk from the others. Works under
     ``torch.compile(fullgraph=True)`` and ``torch.autocast``.
 
     Args:
@@ -63,30 +93,158 @@ def linear_confidence_loss(
         TypeError, ValueError: on bad arguments, naming the argument, what it got and what it takes.
         RuntimeError: on a second derivative.
     """
-    model = check_model(Model("", hidden, weight, bias, scale, softcap), sharded=process_group is not None)
-    others = {
-        "candidate_ids": candidate_ids,
-        "candidate_values": candidate_values,
-        "target": target,
-        "weights": weights,
-    }
     call = prepare(
-        (model,), others, vocab_size=vocab_size, logits_dtype=logits_dtype, chunk_size=chunk_size, small=False,
-        process_group=process_group, backend=backend, validate=validate,
-    )  # fmt: skip
-    ids, values = confidence_candidates(candidate_ids, candidate_values, call.device, call.dtype)
-    score = check_score(target, call.lead, call.dtype, kind, outside_weight, weights, reduction, eps)
-    loss, *found, _ = linear_confidence(
-        *call.sides,
-        ids,
-        values,
-        score.target,
-        score.weights,
-        kind,
-        score.outside_weight,
-        score.eps,
-        checks.positive("temperature", temperature),
-        *call.setting,
+        {"": ProjectedSide(hidden, LMHead(weight, bias, scale))},
+        {
+            "candidate_ids": candidate_ids,
+            "candidate_values": candidate_values,
+            "target": target,
+            "weights": weights,
+        },
+        vocab_size=vocab_size,
+        logits_dtype=logits_dtype,
+        chunk_size=chunk_size,
+        process_group=process_group,
+        backend=backend,
+        validate=validate,
     )
-    loss = reduce_rows(loss, score.weights, reduction, call.lead)
-    return ConfidenceOutput(loss, *(column.view(call.lead) for column in found))
+    ids, values = confidence_candidates(candidate_ids, candidate_values, call.device, call.dtype)
+    options = confidence_options(
+        kind,
+        outside_weight,
+        eps,
+        temperature=checks.positive("temperature", temperature),
+        softcap=checks.optional_positive("softcap", softcap),
+    )
+    score = check_score(target, weights, reduction, call.lead, call.dtype)
+    found = linear_confidence(
+        ConfidenceCall(call.sides[0], ids, values, score.target, score.weights, options, call.config)
+    )
+    return confidence_output(found, score.weights, reduction, call.lead)
+
+
+class ConfidenceCall(NamedTuple):
+    """Arguments of ``caop_fast::linear_confidence``."""
+
+    student: ProjectedSide
+    ids: Tensor  # [C] int64
+    values: Tensor  # [C] in the dtype of the statistics
+    target: Tensor  # [N] likewise
+    weights: Tensor | None  # [N] likewise
+    options: ConfidenceOptions
+    config: LinearConfig
+
+
+class BackwardInputs(NamedTuple):
+    """Arguments of ``caop_fast::linear_confidence_backward``."""
+
+    call: ConfidenceCall
+    saved_statistics: Tensor | None
+    grads: ConfidenceGrads
+
+
+class OpenedCall(NamedTuple):
+    """The rows of a call that have weight; scores are computed in the dtype that the logits imply."""
+
+    unmasked: UnmaskedRows
+    sides: ProjectedSides
+    ids: Tensor
+    values: Tensor
+    target: Tensor
+    weights: Tensor | None
+    config: LinearConfig
+
+    def batch(self, logits: Tensor, tokens: slice) -> ConfidenceBatch:
+        """This rank's logits of some tokens, with those of the other ranks."""
+        logits = self.config.layout.gather_columns(logits)
+        return ConfidenceBatch(logits, self.ids, self.values, self.target[tokens], take(self.weights, tokens))
+
+
+def _open_call(call: ConfidenceCall) -> OpenedCall:
+    student, ids, values, target, weights, _, config = call
+    unmasked, dtype = UnmaskedRows.of(weights, student.hidden.shape[0]), student.head.accumulator_dtype
+    return OpenedCall(
+        unmasked,
+        open_sides(student, None, unmasked, config),
+        ids,
+        values.to(dtype),
+        unmasked.take(target).to(dtype),
+        unmasked.weights(weights),
+        config,
+    )
+
+
+def _rows(call: ConfidenceCall) -> ConfidenceRows:
+    config, vocab = call.config, call.config.layout.columns.total
+    if config.execution.validate:
+        batch = ConfidenceBatch(call.student.hidden, call.ids, call.values, call.target, call.weights)
+        check_values(batch, vocab)
+    work, backend = _open_call(call), get_backend(config.execution.backend)
+    rows = _empty_rows(work.sides.student, call)
+
+    def visit(tokens: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> None:
+        write_rows(rows, tokens, backend.confidence_rows(work.batch(logits, tokens), call.options, vocab))
+
+    over_token_chunks(work.sides, visit, config, ProjectionGrads(), gathers_logits=True, extra_buffers=1)
+    return spread_rows(rows, work.unmasked)
+
+
+def _empty_rows(student: ProjectedSide, call: ConfidenceCall) -> ConfidenceRows:
+    """Scores of ``student``'s rows, without values."""
+    rows = fake_confidence_rows(student.hidden, call.values.dtype, saves=False)
+    if not saves_confidence(call.config.execution):
+        return rows
+    shape, dtype = (CONFIDENCE_SAVED_FIELDS, student.hidden.shape[0]), student.head.accumulator_dtype
+    return rows._replace(saved_statistics=student.hidden.new_empty(shape, dtype=dtype))
+
+
+def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
+    call, saved, grads = inputs
+    student, config, layout = call.student, call.config, call.config.layout
+    work, backend = _open_call(call), get_backend(config.execution.backend)
+    if saved is not None and work.unmasked.kept is not None:
+        saved = saved[:, work.unmasked.kept]
+    upstream, factor = open_upstream(grads, student.head, work.values.dtype, work.unmasked)
+
+    def visit(tokens: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor:
+        gradient = backend.confidence_gradient(
+            work.batch(logits, tokens),
+            call.options,
+            layout.columns.total,
+            None if saved is None else saved[:, tokens].contiguous(),
+            ConfidenceGrads(*(take(grad, tokens) for grad in upstream)),
+        )
+        return out.copy_(layout.columns.of(gradient))
+
+    gradients = ProjectionGrads.zeros(work.sides, config.needs_grad)
+    # The gradient of a chunk lies beside its logits, before it is copied to ``out``.
+    over_token_chunks(work.sides, visit, config, gradients, gathers_logits=True, extra_buffers=1)
+    if factor is not None:
+        for part in gradients:
+            if part is not None:
+                part.mul_(factor)
+    return finish_gradients(gradients, student, work.unmasked, layout)
+
+
+def _backward(call: ConfidenceCall, found: ConfidenceRows, grads: ConfidenceRows) -> ProjectionGrads:
+    upstream = ConfidenceGrads(grads.loss, grads.expected, grads.variance, grads.outside_mass)
+    return linear_confidence_backward(BackwardInputs(call, found.saved_statistics, upstream))
+
+
+linear_confidence = Operator(
+    "linear_confidence", ConfidenceCall, ConfidenceRows, _rows, lambda call: _empty_rows(call.student, call)
+)
+linear_confidence_backward = Operator(
+    "linear_confidence_backward",
+    BackwardInputs,
+    ProjectionGrads,
+    _run_backward,
+    lambda inputs: fake_gradients(inputs.call.student, inputs.call.config),
+    once=ONCE,
+)
+linear_confidence.register_autograd(
+    _backward,
+    inputs=gradient_inputs("student"),
+    outputs=DIFFERENTIABLE,
+    saved=["saved_statistics"],
+)

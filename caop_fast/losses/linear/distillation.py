@@ -1,19 +1,38 @@
-"""The distillation loss from hidden states and output heads: the [N, V] logits never exist as a whole."""
+"""The distillation loss from hidden states and output heads: the [N, V] logits never exist as a whole.
+
+``linear_distillation_loss`` calls the operator ``caop_fast::linear_distillation``, which computes the gradients in the
+forward pass, or with ``memory="min"`` the operator of ``linear_distillation_rows``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.distillation import reduce_rows
-from caop_fast.losses.linear.arguments import Model, Prepared, check_pair, prepare
-from caop_fast.losses.linear.shards import VocabularyShards
-from caop_fast.losses.ops.linear_distillation import linear_distillation
-from caop_fast.losses.ops.linear_distillation_rows import linear_distillation_rows as rows_operator
+from caop_fast.losses.batches import DistillationRows
+from caop_fast.losses.distillation import distillation_output, reduce_rows
+from caop_fast.losses.linear.config import check_reduction, prepare, statistics_dtype
+from caop_fast.losses.linear.distillation_rows import (
+    DistillationCall,
+    check_call,
+    distillation_rows,
+    open_call,
+    validate_call,
+)
+from caop_fast.losses.linear.distributed import VocabularyShards
+from caop_fast.losses.linear.gradients import (
+    LossWithGradients,
+    WeightedRows,
+    compute_with_gradients,
+    differentiate_loss,
+    fake_with_gradients,
+)
+from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
+from caop_fast.losses.operator import Operator
+from caop_fast.losses.options import DivergenceOptions
 from caop_fast.losses.outputs import DistillationOutput
 
 MEMORY = ("balanced", "min")
@@ -51,16 +70,15 @@ def linear_distillation_loss(
     ``retain_graph=True`` is right. The same tensor may be both heads: it is read once for both, and the gradient goes
     through the student only. Works under ``torch.compile(fullgraph=True)`` and ``torch.autocast``.
 
-    With one unit U = 2 N V H operations, ``memory="balanced"`` makes the gradients in the forward, chunk of tokens by
-    chunk of tokens, with 4 U (3 U where the student's head is frozen, 2 U where nothing needs a gradient); "min" makes
-    the logits again in the backward, block of ids by block of ids, with 6 U (8 U for an interior beta), and keeps no
+    With one unit U = 2 N V H operations, ``memory="balanced"`` computes the gradients in the forward pass, chunk of
+    tokens by chunk of tokens, with 4 U (3 U where the student's head is frozen, 2 U where nothing needs a gradient);
+    "min" recomputes the logits in vocabulary blocks in the backward, with 6 U (8 U for an interior beta), and keeps no
     float32 gradient of the weight. ``docs/linear_losses.md`` has the memory of both.
 
     Dtypes: a GEMM multiplies operands of the promoted dtype of hidden states and weight (under ``torch.autocast``, its
     dtype, float64 excepted, as ``torch.nn.Linear`` would; of ``logits_dtype`` where that is narrower) and returns
-    ``logits_dtype``; the weight gradient is
-    accumulated in float32 and rounded once, to the dtype of the weight. A head narrower than its operands is widened
-    block by block.
+    ``logits_dtype``; the weight gradient is accumulated in float32 and rounded once, to the dtype of the weight. A head
+    narrower than its operands is widened block by block.
 
     Distributed heads: an FSDP2 ``DTensor`` is gathered once, and its gradient averaged over the ranks of its mesh, as
     FSDP2 does. With ``process_group`` each rank holds consecutive rows of both heads, the same tokens, and gets the
@@ -104,113 +122,59 @@ def linear_distillation_loss(
     """
     check_reduction(reduction, "linear_distillation_loss", "linear_distillation_rows")
     checks.choice("memory", memory, MEMORY)
-    student = Model("student_", student_hidden, student_weight, student_bias, student_scale, student_softcap)
-    teacher = Model("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
-    call, rows = _prepare(
-        student, teacher, labels, weights, beta, temperature, vocab_size=vocab_size, logits_dtype=logits_dtype,
-        chunk_size=chunk_size, small=memory == "min", process_group=process_group, backend=backend, validate=validate,
-    )  # fmt: skip
-    if memory == "min":
-        found = rows_operator(*call.sides, *rows, *call.setting)
-        loss = reduce_rows(found[0], rows[1], reduction, torch.Size((found[0].shape[0],)))
-        found = [loss, *(t.detach() for t in found[:5])]
-    else:
-        found = linear_distillation(*call.sides, *rows, reduction == "mean", *call.setting)
-    return output(found[0], found[1:6], call.lead, labels)
-
-
-def linear_distillation_rows(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    labels: Tensor | None = None,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    student_scale: float = 1.0,
-    teacher_scale: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    beta: float | Tensor = 0.0,
-    temperature: float = 1.0,
-    weights: Tensor | None = None,
-    vocab_size: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    chunk_size: int | None = None,
-    process_group: torch.distributed.ProcessGroup | VocabularyShards | None = None,
-    backend: str = "auto",
-    validate: bool | None = None,
-) -> DistillationOutput:
-    """Per-token divergences, log-probabilities and entropies from hidden states, differentiable in any mix.
-
-    For losses whose weights follow from the statistics themselves: importance ratios, clipping, entropy masks.
-    ``divergence``, ``student_logprob`` and ``student_entropy`` are differentiable with respect to the student's hidden
-    states, weight and bias, once. The backward makes the logits again, block of ids by block of ids: 2 U forward and
-    4 U backward in units of U = 2 N V H operations (3 U where only one of hidden states and weight needs a gradient).
-
-    Args:
-        weights: [...], finite, >= 0; they only mask: a token of weight 0 reports 0 everywhere, gets gradient 0, and may
-            hold anything. None masks the tokens whose label is -100.
-        chunk_size: most tokens per chunk of the forward; None chooses by memory.
-        student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias,
-            student_scale, teacher_scale, student_softcap, teacher_softcap, beta, temperature, vocab_size, logits_dtype,
-            process_group, backend, validate: as in ``linear_distillation_loss``.
-
-    Returns:
-        DistillationOutput in float32 (float64 when an input is), each field with the leading shape; ``loss`` is None.
-
-    Raises:
-        TypeError, ValueError: on bad arguments, naming the argument, what it got and what it takes.
-        RuntimeError: on a second derivative.
-    """
-    student = Model("student_", student_hidden, student_weight, student_bias, student_scale, student_softcap)
-    teacher = Model("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
-    call, rows = _prepare(
-        student, teacher, labels, weights, beta, temperature, vocab_size=vocab_size, logits_dtype=logits_dtype,
-        chunk_size=chunk_size, small=False, process_group=process_group, backend=backend, validate=validate,
-    )  # fmt: skip
-    return output(None, rows_operator(*call.sides, *rows, *call.setting)[:5], call.lead, labels)
-
-
-def check_reduction(reduction: str, function: str, instead: str) -> None:
-    """ "mean" or "sum": the gradients are made before anybody could weigh them."""
-    if reduction == "none":
-        raise ValueError(
-            f"reduction='none' needs gradients per row, which {function} does not keep: use 'mean' or 'sum', or "
-            f"{instead}, whose fields are differentiable per token"
-        )
-    checks.choice("reduction", reduction, ("mean", "sum"))
-
-
-def _prepare(
-    student: Model,
-    teacher: Model,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    beta: float | Tensor,
-    temperature: float,
-    **options: Any,
-) -> tuple[Prepared, tuple[Any, ...]]:
-    """The sides and setting of a call, and its labels, weights, beta per row, beta, temperature."""
-    student, teacher = check_pair(student, teacher, sharded=options["process_group"] is not None)
-    call = prepare((student, teacher), {"labels": labels, "weights": weights, "beta": beta}, **options)
-    label_ids = checks.label_ids(labels, call.lead, call.setting.columns.total, values=False)
-    row_weights = checks.row_weights(weights, label_ids, call.lead, call.dtype, values=False)
-    beta = checks.divergence_beta(beta, call.lead, call.dtype, values=False)
-    per_row = isinstance(beta, Tensor)
-    temperature = checks.positive("temperature", temperature)
-    return call, (label_ids, row_weights, beta if per_row else None, 0.0 if per_row else beta, temperature)
-
-
-def output(loss: Tensor | None, found: Sequence[Tensor], lead: torch.Size, labels: Tensor | None) -> DistillationOutput:
-    """Statistics in the operators' order as an output of the leading shape."""
-    divergence, student_logprob, student_entropy, teacher_logprob, teacher_entropy = found
-    return DistillationOutput(
-        loss,
-        divergence.view(lead),
-        None if labels is None else student_logprob.view(lead),
-        None if labels is None else teacher_logprob.view(lead),
-        student_entropy.view(lead),
-        teacher_entropy.view(lead),
+    call = prepare(
+        {
+            "student_": ProjectedSide(student_hidden, LMHead(student_weight, student_bias, student_scale)),
+            "teacher_": ProjectedSide(teacher_hidden, LMHead(teacher_weight, teacher_bias, teacher_scale)),
+        },
+        {"labels": labels, "weights": weights, "beta": beta},
+        vocab_size=vocab_size,
+        logits_dtype=logits_dtype,
+        chunk_size=chunk_size,
+        process_group=process_group,
+        backend=backend,
+        validate=validate,
+        low_memory=memory == "min",
     )
+    options = DivergenceOptions(beta, temperature, student_softcap, teacher_softcap)
+    inputs = check_call(call, labels, weights, options)
+    if memory == "balanced":
+        return linear_distillation(LossInputs(inputs, reduction)).output(call.lead)
+    found = distillation_rows(inputs)
+    loss = reduce_rows(found.divergence, inputs.weights, reduction, found.divergence.shape)
+    detached = DistillationRows._make([None if t is None else t.detach() for t in found])
+    return distillation_output(loss, detached, call.lead)
+
+
+class LossInputs(NamedTuple):
+    """Arguments of ``caop_fast::linear_distillation``."""
+
+    call: DistillationCall
+    reduction: str
+
+
+def _loss(inputs: LossInputs) -> LossWithGradients:
+    call = inputs.call
+    validate_call(call)
+    work = open_call(call)
+
+    def compute(
+        tokens: slice, student: Tensor, teacher: Tensor | None, out: Tensor, grad_divergence: Tensor | None
+    ) -> DistillationRows:
+        batch = work.batch(student, teacher, tokens)
+        return work.backend.distillation_rows_with_gradient(batch, work.options.rows(tokens), grad_divergence, out)
+
+    rows = WeightedRows(
+        work.unmasked, call.weights, inputs.reduction, labelled=call.labels is not None, dtype=work.backend.dtype
+    )
+    return compute_with_gradients(work.sides, compute, rows, call.config)
+
+
+def _fake_loss(inputs: LossInputs) -> LossWithGradients:
+    call = inputs.call
+    dtype = statistics_dtype(call.student, call.teacher)
+    return fake_with_gradients(call.student, call.config, labelled=call.labels is not None, dtype=dtype)
+
+
+linear_distillation = Operator("linear_distillation", LossInputs, LossWithGradients, _loss, _fake_loss)
+differentiate_loss(linear_distillation, lambda inputs: inputs.call.student, "call_student")

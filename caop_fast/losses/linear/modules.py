@@ -3,49 +3,44 @@
 They hold no parameters: heads are passed to the call, so that one module serves heads that are trained, frozen, tied or
 sharded. What each option and tensor means is said by the function of the same name; an option that cannot be right
 whatever the tensors is an error when the module is made.
+
+A class takes its signatures from its function: tensors and ``labels`` go to the call, whatever else is an option.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from inspect import Parameter, Signature
+from typing import Any, ClassVar
 
 import torch
+from caop_kernels.constants import CONFIDENCE_KINDS, TAILS
 from torch import Tensor, nn
 
 from caop_fast.losses import checks
-from caop_fast.losses.backend import BACKENDS
-from caop_fast.losses.confidence import KINDS, check_eps, check_outside_weight, confidence_candidates
-from caop_fast.losses.linear.arguments import check_logits_dtype
-from caop_fast.losses.linear.confidence import linear_confidence_loss
-from caop_fast.losses.linear.distillation import (
-    MEMORY,
-    check_reduction,
-    linear_distillation_loss,
-    linear_distillation_rows,
+from caop_fast.losses.backends.resolve import BACKENDS
+from caop_fast.losses.confidence import (
+    check_candidates,
+    check_eps,
+    check_outside_weight,
+    confidence_candidates,
 )
-from caop_fast.losses.linear.shards import VocabularyShards, check_process_group
+from caop_fast.losses.linear.confidence import linear_confidence_loss
+from caop_fast.losses.linear.config import check_logits_dtype, check_reduction
+from caop_fast.losses.linear.distillation import MEMORY, linear_distillation_loss
+from caop_fast.losses.linear.distillation_rows import linear_distillation_rows
+from caop_fast.losses.linear.distributed import check_process_group
 from caop_fast.losses.linear.tokens import linear_token_statistics
 from caop_fast.losses.linear.topk import linear_topk_distillation_loss
-from caop_fast.losses.ops.confidence import check_candidates
-from caop_fast.losses.outputs import ConfidenceOutput, DistillationOutput, TokenStatistics
-from caop_fast.losses.reference.topk import TAILS
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
     **{f"{side}scale": checks.finite for side in ("", "student_", "teacher_")},
-    **{
-        f"{side}softcap": lambda name, value: checks.positive(name, value, optional=True)
-        for side in ("", "student_", "teacher_")
-    },
+    **{f"{side}softcap": checks.optional_positive for side in ("", "student_", "teacher_")},
     "beta": lambda _, value: checks.divergence_beta(
         checks.finite("beta", value, takes="a number in [0, 1] (one per token goes to the call)"),
         torch.Size(()),
         torch.float32,
-        values=False,
     ),
     "temperature": checks.positive,
     "vocab_size": checks.positive_integer,
@@ -56,203 +51,128 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "backend": lambda name, value: checks.choice(name, value, BACKENDS),
     "validate": lambda _, value: checks.checks_values(value, torch.device("cpu")),
     "tail": lambda name, value: checks.choice(name, value, TAILS),
-    "kind": lambda name, value: checks.choice(name, value, KINDS),
+    "kind": lambda name, value: checks.choice(name, value, CONFIDENCE_KINDS),
     "outside_weight": lambda _, value: check_outside_weight(value),
     "eps": lambda _, value: check_eps(value),
 }
+_AT_CALL = ("weights", "bias", "student_bias", "teacher_bias")  # keyword arguments of the call
+_AT_INIT = ("candidate_ids", "candidate_values")  # positional arguments that are fixed
+_SELF = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class _LinearLoss(nn.Module):
-    """Keeps the options of a function, and shows those that are not its defaults."""
+    """Keeps the options of a function, and shows those that are not its defaults.
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
+    A subclass gives the function, and what checks the option ``reduction`` where there is one.
+    """
+
+    options: dict[str, Any]
+    _defaults: ClassVar[dict[str, Any]]
+    _check_reduction: ClassVar[Callable[[Any], object]]
+
+    def __init_subclass__(
+        cls,
+        function: Callable[..., Any] | None = None,
+        check_reduction: Callable[[Any], object] = lambda _: None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        if function is None:  # a caller's own subclass
+            return
+        signature = inspect.signature(function)
+        fixed: list[Parameter] = []
+        called: list[Parameter] = []
+        for p in signature.parameters.values():
+            keyword = p.kind is Parameter.KEYWORD_ONLY
+            (fixed if p.name in _AT_INIT or (keyword and p.name not in _AT_CALL) else called).append(p)
+        if "beta" in signature.parameters:  # one number is an option, one per token goes to the call
+            fixed = [p.replace(annotation="float") if p.name == "beta" else p for p in fixed]
+            called.append(Parameter("beta", Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None"))
+        cls._defaults = {p.name: p.default for p in fixed}
+        cls._check_reduction = staticmethod(check_reduction)
+        init = _init(Signature([_SELF, *fixed], return_annotation="None"))
+        setattr(cls, "__init__", init)  # noqa: B010  # mypy lets nobody assign to __init__
+        cls.forward = _forward(function, Signature([_SELF, *called], return_annotation=signature.return_annotation))
+
+    def _set_options(self, options: dict[str, Any]) -> None:
+        """Check and keep the arguments of ``__init__``, defaults among them."""
+        if "reduction" in options:
+            self._check_reduction(options["reduction"])
         for name, value in options.items():
             if name in _CHECKS:
                 _CHECKS[name](name, value)
         self.options = options
 
+    def _fixed_arguments(self) -> dict[str, Any]:
+        """Arguments of the function that a call does not give."""
+        return dict(self.options)
+
     def extra_repr(self) -> str:
-        defaults = {n: p.default for n, p in inspect.signature(type(self).__init__).parameters.items()}
+        defaults = self._defaults
         changed = {n: v for n, v in self.options.items() if v is not defaults[n] and v != defaults[n]}
         return ", ".join(f"{name}={value!r}" for name, value in changed.items())
 
 
-class LinearDistillationLoss(_LinearLoss):
+def _init(signature: Signature) -> Callable[..., None]:
+    def __init__(self: _LinearLoss, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        super(_LinearLoss, self).__init__()
+        self._set_options({name: value for name, value in bound.arguments.items() if name != "self"})
+
+    __init__.__signature__ = signature  # type: ignore[attr-defined]  # what inspect.signature shows
+    return __init__
+
+
+def _forward(function: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
+    names = [p.name for p in signature.parameters.values() if p.kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
+
+    def forward(self: _LinearLoss, *tensors: Any, **named: Any) -> Any:
+        if len(tensors) > len(names):
+            raise TypeError(f"{type(self).__name__} takes {len(names)} positional arguments, got {len(tensors)}")
+        arguments = self._fixed_arguments()
+        if named.get("beta") is None:
+            named.pop("beta", None)
+        else:
+            arguments.pop("beta", None)
+        return function(**dict(zip(names, tensors, strict=False)), **named, **arguments)
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]  # what inspect.signature shows
+    forward.__doc__ = f"Arguments as of ``{function.__name__}``."
+    return forward
+
+
+class LinearDistillationLoss(
+    _LinearLoss,
+    function=linear_distillation_loss,
+    check_reduction=lambda value: check_reduction(value, "linear_distillation_loss", "linear_distillation_rows"),
+):
     """``linear_distillation_loss`` with its options fixed; ``beta`` may be given per token at the call."""
 
-    def __init__(
-        self,
-        *,
-        student_scale: float = 1.0,
-        teacher_scale: float = 1.0,
-        student_softcap: float | None = None,
-        teacher_softcap: float | None = None,
-        beta: float = 0.0,
-        temperature: float = 1.0,
-        vocab_size: int | None = None,
-        reduction: str = "mean",
-        logits_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        memory: str = "balanced",
-        process_group: ProcessGroup | VocabularyShards | None = None,
-        backend: str = "auto",
-        validate: bool | None = None,
-    ) -> None:
-        check_reduction(reduction, "linear_distillation_loss", "linear_distillation_rows")
-        super().__init__(
-            student_scale=student_scale, teacher_scale=teacher_scale, student_softcap=student_softcap,
-            teacher_softcap=teacher_softcap, beta=beta, temperature=temperature, vocab_size=vocab_size,
-            reduction=reduction, logits_dtype=logits_dtype, chunk_size=chunk_size, memory=memory,
-            process_group=process_group, backend=backend, validate=validate,
-        )  # fmt: skip
 
-    def forward(
-        self,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        labels: Tensor | None = None,
-        *,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-        weights: Tensor | None = None,
-        beta: Tensor | None = None,
-    ) -> DistillationOutput:
-        """Arguments as of ``linear_distillation_loss``."""
-        return linear_distillation_loss(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias=student_bias,
-            teacher_bias=teacher_bias, weights=weights, **_with_beta(self.options, beta),
-        )  # fmt: skip
-
-
-class LinearDistillationRows(_LinearLoss):
+class LinearDistillationRows(_LinearLoss, function=linear_distillation_rows):
     """``linear_distillation_rows`` with its options fixed; ``beta`` may be given per token at the call."""
 
-    def __init__(
-        self,
-        *,
-        student_scale: float = 1.0,
-        teacher_scale: float = 1.0,
-        student_softcap: float | None = None,
-        teacher_softcap: float | None = None,
-        beta: float = 0.0,
-        temperature: float = 1.0,
-        vocab_size: int | None = None,
-        logits_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        process_group: ProcessGroup | VocabularyShards | None = None,
-        backend: str = "auto",
-        validate: bool | None = None,
-    ) -> None:
-        super().__init__(
-            student_scale=student_scale, teacher_scale=teacher_scale, student_softcap=student_softcap,
-            teacher_softcap=teacher_softcap, beta=beta, temperature=temperature, vocab_size=vocab_size,
-            logits_dtype=logits_dtype, chunk_size=chunk_size, process_group=process_group, backend=backend,
-            validate=validate,
-        )  # fmt: skip
 
-    def forward(
-        self,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        labels: Tensor | None = None,
-        *,
-        student_bias: Tensor | None = None,
-        teacher_bias: Tensor | None = None,
-        weights: Tensor | None = None,
-        beta: Tensor | None = None,
-    ) -> DistillationOutput:
-        """Arguments as of ``linear_distillation_rows``."""
-        return linear_distillation_rows(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias=student_bias,
-            teacher_bias=teacher_bias, weights=weights, **_with_beta(self.options, beta),
-        )  # fmt: skip
-
-
-class LinearTopKDistillationLoss(_LinearLoss):
+class LinearTopKDistillationLoss(
+    _LinearLoss,
+    function=linear_topk_distillation_loss,
+    check_reduction=lambda value: check_reduction(
+        value, "linear_topk_distillation_loss", "topk_distillation_loss on logits"
+    ),
+):
     """``linear_topk_distillation_loss`` with its options fixed; ``beta`` may be given per token at the call."""
 
-    def __init__(
-        self,
-        *,
-        student_scale: float = 1.0,
-        student_softcap: float | None = None,
-        tail: str = "bucket",
-        beta: float = 0.0,
-        temperature: float = 1.0,
-        vocab_size: int | None = None,
-        reduction: str = "mean",
-        logits_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        process_group: ProcessGroup | VocabularyShards | None = None,
-        backend: str = "auto",
-        validate: bool | None = None,
-    ) -> None:
-        check_reduction(reduction, "linear_topk_distillation_loss", "topk_distillation_loss on logits")
-        super().__init__(
-            student_scale=student_scale, student_softcap=student_softcap, tail=tail, beta=beta,
-            temperature=temperature, vocab_size=vocab_size, reduction=reduction, logits_dtype=logits_dtype,
-            chunk_size=chunk_size, process_group=process_group, backend=backend, validate=validate,
-        )  # fmt: skip
 
-    def forward(
-        self,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher_ids: Tensor,
-        teacher_logprobs: Tensor,
-        labels: Tensor | None = None,
-        *,
-        student_bias: Tensor | None = None,
-        weights: Tensor | None = None,
-        beta: Tensor | None = None,
-    ) -> DistillationOutput:
-        """Arguments as of ``linear_topk_distillation_loss``."""
-        return linear_topk_distillation_loss(
-            student_hidden, student_weight, teacher_ids, teacher_logprobs, labels, student_bias=student_bias,
-            weights=weights, **_with_beta(self.options, beta),
-        )  # fmt: skip
-
-
-class LinearTokenStatistics(_LinearLoss):
+class LinearTokenStatistics(_LinearLoss, function=linear_token_statistics):
     """``linear_token_statistics`` with its options fixed."""
 
-    def __init__(
-        self,
-        *,
-        scale: float = 1.0,
-        softcap: float | None = None,
-        temperature: float = 1.0,
-        vocab_size: int | None = None,
-        logits_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        process_group: ProcessGroup | VocabularyShards | None = None,
-        backend: str = "auto",
-        validate: bool | None = None,
-    ) -> None:
-        super().__init__(
-            scale=scale, softcap=softcap, temperature=temperature, vocab_size=vocab_size, logits_dtype=logits_dtype,
-            chunk_size=chunk_size, process_group=process_group, backend=backend, validate=validate,
-        )  # fmt: skip
 
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor | None,
-        *,
-        bias: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> TokenStatistics:
-        """Arguments as of ``linear_token_statistics``."""
-        return linear_token_statistics(hidden, weight, labels, bias=bias, weights=weights, **self.options)
-
-
-class LinearConfidenceLoss(_LinearLoss):
+class LinearConfidenceLoss(
+    _LinearLoss,
+    function=linear_confidence_loss,
+    check_reduction=lambda value: checks.choice("reduction", value, checks.REDUCTIONS),
+):
     """``linear_confidence_loss`` with its candidates and options fixed.
 
     ``candidate_ids`` and ``candidate_values`` become buffers, which move with the module and are not saved with it.
@@ -261,65 +181,21 @@ class LinearConfidenceLoss(_LinearLoss):
     candidate_ids: Tensor
     candidate_values: Tensor
 
-    def __init__(
-        self,
-        candidate_ids: Tensor | Sequence[int],
-        candidate_values: Tensor | Sequence[float],
-        *,
-        scale: float = 1.0,
-        softcap: float | None = None,
-        kind: str = "cross_entropy",
-        outside_weight: float = 1.0,
-        reduction: str = "mean",
-        temperature: float = 1.0,
-        vocab_size: int | None = None,
-        eps: float = 1e-6,
-        logits_dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        process_group: ProcessGroup | VocabularyShards | None = None,
-        backend: str = "auto",
-        validate: bool | None = None,
-    ) -> None:
-        checks.choice("reduction", reduction, checks.REDUCTIONS)
-        super().__init__(
-            scale=scale, softcap=softcap, kind=kind, outside_weight=outside_weight, reduction=reduction,
-            temperature=temperature, vocab_size=vocab_size, eps=eps, logits_dtype=logits_dtype, chunk_size=chunk_size,
-            process_group=process_group, backend=backend, validate=validate,
-        )  # fmt: skip
-        where = candidate_ids.device if isinstance(candidate_ids, Tensor) else torch.device("cpu")
-        ids, values = confidence_candidates(candidate_ids, candidate_values, where, torch.float64)
-        check_candidates(ids, values, vocab_size)
+    def _set_options(self, options: dict[str, Any]) -> None:
+        candidate_ids, candidate_values = options.pop("candidate_ids"), options.pop("candidate_values")
+        super()._set_options(options)
+        device = candidate_ids.device if isinstance(candidate_ids, Tensor) else torch.device("cpu")
+        ids, values = confidence_candidates(candidate_ids, candidate_values, device, torch.float64)
+        check_candidates(ids, values, options["vocab_size"])
         self._values = values.cpu()
         self.register_buffer("candidate_ids", ids, persistent=False)
         self.register_buffer("candidate_values", values, persistent=False)
+
+    def _fixed_arguments(self) -> dict[str, Any]:
+        return {**self.options, "candidate_ids": self.candidate_ids, "candidate_values": self.candidate_values}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearConfidenceLoss:
         super()._apply(fn, recurse)
         # ``.to(torch.bfloat16)`` rounds a model; 0.85 stays 0.85.
         self.candidate_values = self._values.to(self.candidate_ids.device)
         return self
-
-    def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        *,
-        bias: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> ConfidenceOutput:
-        """Arguments as of ``linear_confidence_loss``."""
-        return linear_confidence_loss(
-            hidden,
-            weight,
-            self.candidate_ids,
-            self.candidate_values,
-            target,
-            bias=bias,
-            weights=weights,
-            **self.options,
-        )
-
-
-def _with_beta(options: dict[str, Any], beta: Tensor | None) -> dict[str, Any]:
-    return options if beta is None else {**options, "beta": beta}

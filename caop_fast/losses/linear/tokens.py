@@ -1,15 +1,34 @@
-"""Statistics of one model's tokens, from its hidden states and output head."""
+"""Statistics of one model's tokens, from its hidden states and output head.
+
+``linear_token_statistics`` calls the operator ``caop_fast::linear_tokens``, whose backward recomputes the logits.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.linear.arguments import Model, check_model, prepare
-from caop_fast.losses.linear.shards import VocabularyShards
-from caop_fast.losses.ops.linear_tokens import linear_tokens
+from caop_fast.losses.backends.row_blocks import UnmaskedRows, take
+from caop_fast.losses.batches import SavedTokens, TokenBatch, TokenGrads, TokenRows
+from caop_fast.losses.linear.chunking import (
+    ProjectionGrads,
+    open_sides,
+    over_token_chunks,
+    over_vocabulary_blocks,
+    spread_rows,
+    write_rows,
+)
+from caop_fast.losses.linear.config import LinearConfig, prepare, statistics_dtype
+from caop_fast.losses.linear.distributed import VocabularyShards
+from caop_fast.losses.linear.gradients import fake_gradients, finish_gradients, gradient_inputs, open_upstream
+from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
+from caop_fast.losses.operator import Operator
+from caop_fast.losses.options import TokenOptions
 from caop_fast.losses.outputs import TokenStatistics
+from caop_fast.losses.tokens import DIFFERENTIABLE, ONCE, fake_token_rows, token_output
 
 
 def linear_token_statistics(
@@ -32,8 +51,8 @@ def linear_token_statistics(
     """``token_statistics`` of ``logits = softcap(scale * (hidden W^T + bias))``, without ever holding [N, V] logits.
 
     Log-probability, entropy and log-sum-exp are differentiable with respect to hidden states, weight and bias, in any
-    mix, once. The backward makes the logits again, block of ids by block of ids: 1 unit of 2 N V H operations forward
-    and 3 backward. Works under ``torch.compile(fullgraph=True)`` and ``torch.autocast``.
+    mix, once. The backward recomputes the logits in vocabulary blocks: 1 unit of 2 N V H operations forward and 3
+    backward. Works under ``torch.compile(fullgraph=True)`` and ``torch.autocast``.
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64; N tokens in all.
@@ -50,15 +69,101 @@ def linear_token_statistics(
         TypeError, ValueError: on bad arguments, naming the argument, what it got and what it takes.
         RuntimeError: on a second derivative.
     """
-    model = check_model(Model("", hidden, weight, bias, scale, softcap), sharded=process_group is not None)
     call = prepare(
-        (model,), {"labels": labels, "weights": weights}, vocab_size=vocab_size, logits_dtype=logits_dtype,
-        chunk_size=chunk_size, small=False, process_group=process_group, backend=backend, validate=validate,
-    )  # fmt: skip
-    label_ids = checks.label_ids(labels, call.lead, call.setting.columns.total, values=False)
-    row_weights = checks.row_weights(weights, label_ids, call.lead, call.dtype, values=False)
-    temperature = checks.positive("temperature", temperature)
-    logprob, entropy, lse, _ = linear_tokens(*call.sides, label_ids, row_weights, temperature, *call.setting)
-    return TokenStatistics(
-        None if labels is None else logprob.view(call.lead), entropy.view(call.lead), lse.view(call.lead)
+        {"": ProjectedSide(hidden, LMHead(weight, bias, scale))},
+        {"labels": labels, "weights": weights},
+        vocab_size=vocab_size,
+        logits_dtype=logits_dtype,
+        chunk_size=chunk_size,
+        process_group=process_group,
+        backend=backend,
+        validate=validate,
     )
+    label_ids = checks.label_ids(labels, call.lead)
+    row_weights = checks.row_weights(weights, label_ids, call.lead, call.dtype)
+    options = TokenOptions(checks.positive("temperature", temperature), checks.optional_positive("softcap", softcap))
+    found = linear_tokens(TokenCall(call.sides[0], label_ids, row_weights, options, call.config))
+    return token_output(found, call.lead)
+
+
+class TokenCall(NamedTuple):
+    """Arguments of ``caop_fast::linear_tokens``."""
+
+    student: ProjectedSide
+    labels: Tensor | None  # [N] int64
+    weights: Tensor | None  # [N] in the dtype of the statistics
+    options: TokenOptions
+    config: LinearConfig
+
+
+class BackwardInputs(NamedTuple):
+    """Arguments of ``caop_fast::linear_tokens_backward``."""
+
+    call: TokenCall
+    saved: SavedTokens
+    grads: TokenGrads
+
+
+def _rows(call: TokenCall) -> TokenRows:
+    student, labels, weights, options, config = call
+    if config.execution.validate:
+        checks.check_labels(labels, config.layout.columns.total)
+        checks.check_weights(weights)
+    unmasked = UnmaskedRows.of(weights, student.hidden.shape[0])
+    sides = open_sides(student, None, unmasked, config)
+    labels, weights = unmasked.take(labels), unmasked.weights(weights)
+    backend = config.backend(statistics_dtype(student))
+    rows = fake_token_rows(sides.student.hidden, labels, backend.dtype, config.execution.backend)
+
+    def visit(tokens: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> None:
+        batch = TokenBatch(logits, take(labels, tokens), take(weights, tokens))
+        write_rows(rows, tokens, backend.token_rows(batch, options))
+
+    over_token_chunks(sides, visit, config, ProjectionGrads())
+    return spread_rows(rows, unmasked)
+
+
+def _fake_rows(call: TokenCall) -> TokenRows:
+    dtype = statistics_dtype(call.student)
+    return fake_token_rows(call.student.hidden, call.labels, dtype, call.config.execution.backend)
+
+
+def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
+    (student, labels, weights, options, config), saved, grads = inputs
+    unmasked = UnmaskedRows.of(weights, student.hidden.shape[0])
+    sides = open_sides(student, None, unmasked, config)
+    labels, weights = unmasked.take(labels), unmasked.weights(weights)
+    backend = config.backend(statistics_dtype(student))
+    if unmasked.kept is not None:
+        saved = SavedTokens(saved.statistics[:, unmasked.kept], saved.entropy[unmasked.kept])
+    upstream, factor = open_upstream(grads, student.head, backend.dtype, unmasked)
+
+    def visit(ids: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor:
+        batch, columns = TokenBatch(logits, labels, weights), config.layout.columns.within(ids)
+        return backend.backend.token_gradient(batch, options, columns, saved, upstream, out)
+
+    gradients = ProjectionGrads.like(student.head, sides, config.needs_grad)
+    over_vocabulary_blocks(sides, visit, config, gradients, factor)
+    return finish_gradients(gradients, student, unmasked, config.layout)
+
+
+def _backward(call: TokenCall, found: TokenRows, grads: TokenRows) -> ProjectionGrads:
+    saved = SavedTokens(found.saved_statistics, found.entropy)
+    return linear_tokens_backward(BackwardInputs(call, saved, TokenGrads(grads.logprob, grads.entropy, grads.lse)))
+
+
+linear_tokens = Operator("linear_tokens", TokenCall, TokenRows, _rows, _fake_rows)
+linear_tokens_backward = Operator(
+    "linear_tokens_backward",
+    BackwardInputs,
+    ProjectionGrads,
+    _run_backward,
+    lambda inputs: fake_gradients(inputs.call.student, inputs.call.config),
+    once=ONCE,
+)
+linear_tokens.register_autograd(
+    _backward,
+    inputs=gradient_inputs("student"),
+    outputs=DIFFERENTIABLE,
+    saved=["entropy", "saved_statistics"],
+)

@@ -1,18 +1,37 @@
-"""The distillation loss against a sparse teacher, from the student's hidden states and output head."""
+"""The distillation loss against a sparse teacher, from the student's hidden states and output head.
+
+``linear_topk_distillation_loss`` calls the operator ``caop_fast::linear_topk``, which computes the gradients in the
+forward pass. With a sharded vocabulary the logits of a chunk are gathered on every rank: the listed ids of a token may
+lie anywhere.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from caop_kernels.constants import TAILS
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.linear.arguments import Model, check_model, prepare
-from caop_fast.losses.linear.distillation import check_reduction, output
-from caop_fast.losses.linear.shards import VocabularyShards
-from caop_fast.losses.ops.linear_topk import linear_topk
+from caop_fast.losses.backends.resolve import get_backend
+from caop_fast.losses.backends.row_blocks import UnmaskedRows, take
+from caop_fast.losses.batches import DistillationGrads, SavedTopK, TopKBatch, TopKRows
+from caop_fast.losses.linear.chunking import open_sides
+from caop_fast.losses.linear.config import LinearConfig, check_reduction, prepare, statistics_dtype
+from caop_fast.losses.linear.distributed import VocabularyShards
+from caop_fast.losses.linear.gradients import (
+    LossWithGradients,
+    WeightedRows,
+    compute_with_gradients,
+    differentiate_loss,
+    fake_with_gradients,
+)
+from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
+from caop_fast.losses.operator import Operator
+from caop_fast.losses.options import TopKOptions
 from caop_fast.losses.outputs import DistillationOutput
-from caop_fast.losses.reference.topk import TAILS
-from caop_fast.losses.topk import check_listed
+from caop_fast.losses.topk import check_listed, check_values
 
 
 def linear_topk_distillation_loss(
@@ -39,9 +58,9 @@ def linear_topk_distillation_loss(
 ) -> DistillationOutput:
     """``topk_distillation_loss`` of ``logits = softcap(scale * (hidden W^T + bias))``, without ever holding [N, V].
 
-    Only ``loss`` is differentiable, with respect to hidden states, weight and bias, once; the gradients are made in the
-    forward, chunk of tokens by chunk of tokens: 3 units of 2 N V H operations (2 where the head is frozen, 1 where
-    nothing needs a gradient). With ``process_group`` each rank holds consecutive rows of the head and gathers the
+    Only ``loss`` is differentiable, with respect to hidden states, weight and bias, once; the gradients are computed in
+    the forward pass, chunk of tokens by chunk of tokens: 3 units of 2 N V H operations (2 where the head is frozen, 1
+    where nothing needs a gradient). With ``process_group`` each rank holds consecutive rows of the head and gathers the
     logits of a chunk from the others. Works under ``torch.compile(fullgraph=True)`` and ``torch.autocast``.
 
     Args:
@@ -64,36 +83,101 @@ def linear_topk_distillation_loss(
     """
     check_reduction(reduction, "linear_topk_distillation_loss", "topk_distillation_loss on logits")
     checks.choice("tail", tail, TAILS)
-    model = Model("student_", student_hidden, student_weight, student_bias, student_scale, student_softcap)
-    model = check_model(model, sharded=process_group is not None)
-    listed = check_listed(teacher_ids, teacher_logprobs, model.hidden.shape[:-1])
-    others = {
-        "teacher_ids": teacher_ids,
-        "teacher_logprobs": teacher_logprobs,
-        "labels": labels,
-        "weights": weights,
-        "beta": beta,
-    }
     call = prepare(
-        (model,), others, vocab_size=vocab_size, logits_dtype=logits_dtype, chunk_size=chunk_size, small=False,
-        process_group=process_group, backend=backend, validate=validate,
-    )  # fmt: skip
-    dtype = checks.statistics_dtype((*model.tensors().values(), teacher_logprobs))
-    label_ids = checks.label_ids(labels, call.lead, call.setting.columns.total, values=False)
-    row_weights = checks.row_weights(weights, label_ids, call.lead, dtype, values=False)
-    beta = checks.divergence_beta(beta, call.lead, dtype, values=False)
-    per_row = isinstance(beta, Tensor)
-    found = linear_topk(
-        *call.sides,
+        {"student_": ProjectedSide(student_hidden, LMHead(student_weight, student_bias, student_scale))},
+        {
+            "teacher_ids": teacher_ids,
+            "teacher_logprobs": teacher_logprobs,
+            "labels": labels,
+            "weights": weights,
+            "beta": beta,
+        },
+        vocab_size=vocab_size,
+        logits_dtype=logits_dtype,
+        chunk_size=chunk_size,
+        process_group=process_group,
+        backend=backend,
+        validate=validate,
+    )
+    (student,) = call.sides
+    listed = check_listed(teacher_ids, teacher_logprobs, call.lead)
+    dtype = _statistics_dtype(student, teacher_logprobs)
+    label_ids = checks.label_ids(labels, call.lead)
+    options = TopKOptions(
+        tail=tail,
+        beta=checks.divergence_beta(beta, call.lead, dtype),
+        temperature=checks.positive("temperature", temperature),
+        softcap=checks.optional_positive("student_softcap", student_softcap),
+    )
+    inputs = TopKCall(
+        student,
         teacher_ids.reshape(-1, listed).to(torch.int64),
         teacher_logprobs.detach().reshape(-1, listed),
         label_ids,
-        row_weights,
-        beta if per_row else None,
-        tail,
-        0.0 if per_row else beta,
-        checks.positive("temperature", temperature),
-        reduction == "mean",
-        *call.setting,
+        checks.row_weights(weights, label_ids, call.lead, dtype),
+        options,
+        reduction,
+        call.config,
     )
-    return output(found[0], found[1:6], call.lead, labels)
+    return linear_topk(inputs).output(call.lead)
+
+
+class TopKCall(NamedTuple):
+    """Arguments of ``caop_fast::linear_topk``."""
+
+    student: ProjectedSide
+    ids: Tensor  # [N, k] int64, -1 for padding
+    logprobs: Tensor  # [N, k]
+    labels: Tensor | None  # [N] int64
+    weights: Tensor | None  # [N] in the dtype of the statistics
+    options: TopKOptions
+    reduction: str
+    config: LinearConfig
+
+
+def _statistics_dtype(student: ProjectedSide, logprobs: Tensor) -> torch.dtype:
+    return torch.promote_types(statistics_dtype(student), checks.statistics_dtype((logprobs,)))
+
+
+def _loss(call: TopKCall) -> LossWithGradients:
+    student, ids, logprobs, labels, weights, options, reduction, config = call
+    layout, backend = config.layout, get_backend(config.execution.backend)
+    columns = layout.columns
+    if config.execution.validate:
+        check_values(TopKBatch(student.hidden, ids, logprobs, labels, weights), options, columns.total)
+    unmasked = UnmaskedRows.of(weights, student.hidden.shape[0])
+    kept_ids, kept_logprobs, kept_labels = unmasked.take(ids), unmasked.take(logprobs), unmasked.take(labels)
+    mask, beta = unmasked.weights(weights), options.beta
+    kept_beta = unmasked.take(beta) if isinstance(beta, Tensor) else beta
+
+    def compute(
+        tokens: slice, own: Tensor, teacher: Tensor | None, out: Tensor, grad_divergence: Tensor | None
+    ) -> TopKRows:
+        logits = layout.gather_columns(own)
+        batch = TopKBatch(
+            logits, kept_ids[tokens], kept_logprobs[tokens], take(kept_labels, tokens), take(mask, tokens)
+        )
+        some = options._replace(beta=kept_beta[tokens] if isinstance(kept_beta, Tensor) else kept_beta)
+        rows = backend.topk_rows(batch, some, columns.total)
+        if grad_divergence is not None:
+            saved, grads = SavedTopK(rows.saved_statistics, rows.student_entropy), DistillationGrads(grad_divergence)
+            gradient = backend.topk_gradient(
+                batch, some, columns.total, saved, grads, logits if layout.is_sharded else out
+            )
+            if layout.is_sharded:
+                out.copy_(columns.of(gradient))
+        return rows
+
+    weighted = WeightedRows(
+        unmasked, weights, reduction, labelled=labels is not None, dtype=_statistics_dtype(student, logprobs)
+    )
+    return compute_with_gradients(open_sides(student, None, unmasked, config), compute, weighted, config)
+
+
+def _fake_loss(call: TopKCall) -> LossWithGradients:
+    dtype = _statistics_dtype(call.student, call.logprobs)
+    return fake_with_gradients(call.student, call.config, labelled=call.labels is not None, dtype=dtype)
+
+
+linear_topk = Operator("linear_topk", TopKCall, LossWithGradients, _loss, _fake_loss)
+differentiate_loss(linear_topk, lambda call: call.student, "student")

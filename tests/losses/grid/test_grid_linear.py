@@ -16,7 +16,7 @@ from caop_fast import (
     linear_token_statistics,
     linear_topk_distillation_loss,
 )
-from caop_fast.losses.linear import sizes
+from caop_fast.losses.linear import chunking
 
 FIELDS = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -117,9 +117,9 @@ def exact(t: dict[str, Tensor], options: dict, labels: Tensor | None, live: Tens
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where logits are made again, as few ids at a time as there may be: five blocks of 1031."""
+    """Where logits are recomputed, as few ids at a time as there may be: five blocks of 1031."""
     for budget in ("CPU_BLOCK_BYTES", "DEVICE_BLOCK_BYTES"):
-        monkeypatch.setattr(sizes, budget, 0)
+        monkeypatch.setattr(chunking, budget, 0)
 
 
 def complaints(case: dict, n: int, place, *, narrow: bool = False) -> list[str]:

@@ -19,8 +19,9 @@ from caop_fast import (
     linear_token_statistics,
     linear_topk_distillation_loss,
 )
-from caop_fast.losses.linear import blocks, head, selection
-from caop_fast.losses.ops import topk
+from caop_fast.losses.backends.row_blocks import UnmaskedRows
+from caop_fast.losses.linear import chunking, lm_head
+from caop_fast.losses.linear.lm_head import LMHead
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -53,17 +54,19 @@ def mixed_products(request, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
-    monkeypatch.setattr(head, "_adds_product", lambda *_: request.param)
-    for module in (head, blocks):
-        monkeypatch.setattr(module, "keeps_accumulator", keeps)
+    monkeypatch.setattr(lm_head, "_has_addmm", lambda *_: request.param)
+    monkeypatch.setattr(lm_head, "keeps_accumulator", keeps)
     return seen
 
 
 @pytest.fixture
 def masked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of weight 0 stay, as on accelerators."""
-    for module in (selection, topk):
-        monkeypatch.setattr(module, "live_rows", lambda w: (None, None if w is None else w == 0))
+
+    def of(weights: Tensor | None, n_rows: int) -> UnmaskedRows:
+        return UnmaskedRows(n_rows, None, None if weights is None else weights == 0)
+
+    monkeypatch.setattr(UnmaskedRows, "of", staticmethod(of))
 
 
 @pytest.mark.usefixtures("masked")
@@ -94,12 +97,12 @@ def calls(place) -> dict:
         out = linear_distillation_rows(*leaves, *teacher, labels, beta=0.3, validate=validate, **options)
         return out.divergence.sum() + out.student_logprob.sum()
 
-    def small(validate: bool) -> Tensor:
+    def low_memory(validate: bool) -> Tensor:
         return linear_distillation_loss(*leaves, *teacher, memory="min", validate=validate, **options).loss
 
     return {
         "balanced": lambda v: linear_distillation_loss(*leaves, *teacher, labels, validate=v, **options).loss,
-        "min": small,
+        "min": low_memory,
         "rows": rows,
         "topk": lambda v: linear_topk_distillation_loss(*leaves, listed[1], listed[0], validate=v, **options).loss,
         "tokens": lambda v: linear_token_statistics(*leaves, labels, validate=v, **options).logprob.sum(),
@@ -124,13 +127,13 @@ def test_gradients_of_logits_arrive_as_the_products_take_them(place, name, mixed
     if place.device.type != "cpu":
         pytest.skip("the buffers are looked at on a CPU")
     seen = []
-    convert = blocks._as_operand
+    convert = chunking.gradient_operand
 
-    def watch(gradient: Tensor, sides: blocks.Sides) -> Tensor:
+    def watch(gradient: Tensor, head: LMHead) -> Tensor:
         seen.append((gradient.dtype, gradient.stride()))
-        return convert(gradient, sides)
+        return convert(gradient, head)
 
-    monkeypatch.setattr(blocks, "_as_operand", watch)
+    monkeypatch.setattr(chunking, "gradient_operand", watch)
     calls(place)[name](False).backward()
     assert seen
     dtype = torch.bfloat16 if place.backend == "triton" else torch.float32
@@ -139,7 +142,7 @@ def test_gradients_of_logits_arrive_as_the_products_take_them(place, name, mixed
 
 @pytest.mark.usefixtures("masked", "mixed_products")
 @pytest.mark.parametrize("flow", [torch.inf, torch.nan, 1e8])
-def test_what_flows_into_dead_float16_rows_does_no_harm(place, flow):
+def test_upstream_gradients_of_masked_float16_rows_do_no_harm(place, flow):
     if place.device.type != "cpu":
         pytest.skip("a GPU has the products themselves")
     g = torch.Generator().manual_seed(0)

@@ -39,7 +39,7 @@ from caop_fast import (
     linear_token_statistics,
     linear_topk_distillation_loss,
 )
-from caop_fast.losses.linear import sizes
+from caop_fast.losses.linear import chunking
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -128,13 +128,13 @@ def uneven_chunks(way: str, group: Any) -> dict[str, Any]:
     hidden, weight = torch.randn(300, 4, generator=g), torch.randn(400, 4, generator=g)
     labels = torch.randint(0, 400, (300,), generator=g)
     mine = cut(weight, [397, 3], rank)
-    kept = sizes.CPU_CHUNK_BYTES
-    sizes.CPU_CHUNK_BYTES = 2 * 397 * 4 * 64  # two sides of 64 tokens on the wider rank
+    kept = chunking.CPU_CHUNK_BYTES
+    chunking.CPU_CHUNK_BYTES = 2 * 397 * 4 * 64  # two sides of 64 tokens on the wider rank
     try:
         whole = _one_call(way, hidden, weight, labels)
         got = _one_call(way, hidden, mine, labels, process_group=group)
     finally:
-        sizes.CPU_CHUNK_BYTES = kept
+        chunking.CPU_CHUNK_BYTES = kept
     return {"trouble": [] if torch.allclose(got, whole, rtol=1e-5, atol=1e-5) else [f"{got} is not {whole}"]}
 
 

@@ -20,7 +20,8 @@ from caop_fast import (
     linear_token_statistics,
     linear_topk_distillation_loss,
 )
-from caop_fast.losses.linear import sizes
+from caop_fast.losses.linear import chunking
+from caop_fast.losses.linear.lm_head import ID_MULTIPLE, TOKEN_MULTIPLE, even_slices
 
 FIRST_FACTOR = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # where the first matrix stands
 
@@ -124,7 +125,7 @@ def test_operations(name):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("way", ["balanced", "min", "rows"])
 def test_a_head_that_serves_both_is_read_once(way, autocast):
-    """One product of stacked hidden states in place of two, each time the logits are made."""
+    """One product of stacked hidden states in place of two, each time the logits are computed."""
     t = make(96, 512, 32)
     shared = {**t, "teacher_weight": t["student_weight"]}
     calls = {"min": RUNS["min"], "balanced": RUNS["balanced"], "rows": run_rows}
@@ -145,10 +146,10 @@ def test_blocks_on_a_device_fit_what_the_page_says():
     """Sizes that no CPU test reaches: the head of Qwen3-8B at 8192 tokens."""
     cuda, one = torch.device("cuda"), torch.float32
     n, vocab = 8192, 151936
-    assert 8 * n * sizes.block_ids(n, 2, one, cuda, small=True) <= 192 << 20
-    assert 8 * n * sizes.block_ids(n, 2, one, cuda, small=False) <= 1280 << 20
+    assert 8 * n * chunking.block_ids(n, 2, one, cuda, low_memory=True) <= 192 << 20
+    assert 8 * n * chunking.block_ids(n, 2, one, cuda, low_memory=False) <= 1280 << 20
     for trained, budget in ((True, 2560), (False, 1280)):
-        chunk = sizes.chunk_tokens(vocab, 2, one, cuda, weight_gradient=trained)
+        chunk = chunking.chunk_tokens(vocab, 2, one, cuda, weight_gradient=trained)
         assert 1000 < chunk <= (budget << 20) / (8 * vocab)
 
 
@@ -171,8 +172,8 @@ def allocations(call: Callable[[], object]) -> list[int]:
 @pytest.mark.parametrize("name", RUNS)
 def test_no_tensor_of_all_logits_is_ever_made(name, monkeypatch):
     """Also none of half of them, and never as much at a time beside the gradients."""
-    monkeypatch.setattr("caop_fast.losses.linear.sizes.CPU_CHUNK_BYTES", 32 << 20)
-    monkeypatch.setattr("caop_fast.losses.linear.sizes.CPU_BLOCK_BYTES", 32 << 20)
+    monkeypatch.setattr("caop_fast.losses.linear.chunking.CPU_CHUNK_BYTES", 32 << 20)
+    monkeypatch.setattr("caop_fast.losses.linear.chunking.CPU_BLOCK_BYTES", 32 << 20)
     n, vocab, h = 2048, 32000, 16
     t = make(n, vocab, h)
     gradients = 2 * 4 * (n + vocab) * h  # as they are added up, and as they are returned
@@ -201,8 +202,8 @@ def test_nor_with_the_sizes_that_are_chosen(name):
 def test_the_peak_is_what_the_table_says(name, trained, monkeypatch):
     """docs/linear_losses.md, "Memory", on a CPU in float32, from both sides."""
     mebi = 1 << 20
-    for budget in ("CPU_CHUNK_BYTES", "CPU_BLOCK_BYTES", "SMALL_BLOCK_BYTES"):
-        monkeypatch.setattr(sizes, budget, 100 * mebi)
+    for budget in ("CPU_CHUNK_BYTES", "CPU_BLOCK_BYTES", "LOW_MEMORY_BLOCK_BYTES"):
+        monkeypatch.setattr(chunking, budget, 100 * mebi)
     n, vocab, h = 2048, 32000, 256
     t = make(n, vocab, h)
     t["student_weight"].requires_grad_(trained)
@@ -210,13 +211,13 @@ def test_the_peak_is_what_the_table_says(name, trained, monkeypatch):
     sides = 1 if name in ("topk", "tokens") else 2
     weight = 4 * vocab * h * trained
     logits, one = 100 * mebi, torch.float32
-    chunk = sizes.chunk_tokens(vocab, sides, one, torch.device("cpu"), weight_gradient=trained)
-    rows = max(p.stop - p.start for p in sizes.pieces(n, chunk, sizes.TOKEN_MULTIPLE))
+    chunk = chunking.chunk_tokens(vocab, sides, one, torch.device("cpu"), weight_gradient=trained)
+    rows = max(p.stop - p.start for p in even_slices(n, chunk, TOKEN_MULTIPLE))
     carried = 4 * n * h + (weight if name in ("balanced", "balanced-interior", "topk") else 0)
     logits = 4 * sides * rows * vocab
     if name in ("min", "rows", "tokens"):
-        block = sizes.block_ids(n, sides, one, torch.device("cpu"), small=name == "min")
-        ids = max(p.stop - p.start for p in sizes.pieces(vocab, block, sizes.ID_MULTIPLE))
+        block = chunking.block_ids(n, sides, one, torch.device("cpu"), low_memory=name == "min")
+        ids = max(p.stop - p.start for p in even_slices(vocab, block, ID_MULTIPLE))
         logits = 4 * sides * n * ids if name == "min" else max(logits, 4 * sides * n * ids)
         carried += weight  # grad_weight as it is returned: the table counts beyond it
     peak = max(itertools.accumulate(allocations(lambda: call(t).backward())))

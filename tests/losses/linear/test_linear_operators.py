@@ -15,8 +15,7 @@ from caop_fast import (
     linear_token_statistics,
     linear_topk_distillation_loss,
 )
-from caop_fast.losses.linear import sizes
-from caop_fast.losses.linear.call import Setting
+from caop_fast.losses.linear import chunking
 
 N, V, H = 6, 33, 8
 LABELS = torch.tensor([0, 32, -100, 5, 6, 7])
@@ -42,7 +41,7 @@ def balanced(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return -1.5 * out.loss
 
 
-def small(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+def low_memory(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
     out = linear_distillation_loss(h, w, *TEACHER, LABELS, student_bias=b, beta=BETA, memory="min", vocab_size=33)
     return -1.5 * out.loss
 
@@ -70,16 +69,16 @@ def confidence(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 
 CALLS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    f.__name__: f for f in (balanced, small, rows, tokens, topk, confidence)
+    f.__name__: f for f in (balanced, low_memory, rows, tokens, topk, confidence)
 }
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing compiled before, and blocks of at most 12 ids where the logits are made again."""
+    """Nothing compiled before, and blocks of at most 12 ids where the logits are recomputed."""
     torch.compiler.reset()
-    monkeypatch.setattr(sizes, "CPU_BLOCK_BYTES", 0)
-    monkeypatch.setattr(sizes, "MIN_IDS", 12)
+    monkeypatch.setattr(chunking, "CPU_BLOCK_BYTES", 0)
+    monkeypatch.setattr(chunking, "MIN_IDS", 12)
 
 
 def results(call, dtype: torch.dtype = torch.float32, needs: str = "hwb", autocast: bool = False) -> list[Tensor]:
@@ -211,12 +210,6 @@ def test_float16_survives_small_upstream_gradients():
         for got, want in zip(leaves, exact, strict=True):
             error = (got.grad.double() - want.grad).norm() / want.grad.norm()
             assert error < 2e-3, memory
-
-
-def test_the_setting_is_what_the_schemas_say():
-    """The operators are called with it flattened: a field out of order would be taken for another."""
-    names = [part.split()[-1] for part in Setting.SCHEMA.split(", ")]
-    assert names == list(Setting._fields)
 
 
 @pytest.mark.parametrize("memory", ["balanced", "min"])

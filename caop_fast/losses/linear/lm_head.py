@@ -1,0 +1,269 @@
+"""Language-model heads: logits of some tokens and ids, and the two matrix products of their gradient.
+
+Logits come out of the GEMM in float32 by default: near a divergence of 0.02, rounding them to bfloat16 costs 23 % of
+the gradient. CUDA has GEMMs that return their float32 accumulator (``torch.mm(..., out_dtype=torch.float32)``);
+elsewhere a bfloat16 or float16 weight is widened block by block, so that no float32 copy of it ever exists as a whole.
+The same goes for a weight narrower than the hidden states it meets.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WIDEN_BYTES = 1 << 24  # float32 bytes of one widened block of a weight
+ADDED_BYTES = 1 << 27  # float32 bytes of one product that is added to a sum in a pass of its own
+ROW_MULTIPLE = 16  # elements: rows of logits start where the kernels can load, and cuBLAS write, 16 bytes at a time
+TOKEN_MULTIPLE, ID_MULTIPLE = 64, 128  # GEMM tiles; only where that many fit
+
+
+class LMHead(NamedTuple):
+    """An output projection: logits = scale * (hidden W^T + bias)."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    scale: float
+    operand_dtype: torch.dtype = torch.float32  # what the GEMM multiplies; ``prepare`` chooses both dtypes
+    logits_dtype: torch.dtype = torch.float32  # what it returns
+
+    def within(self, ids: slice) -> LMHead:
+        """The head of some ids."""
+        return self._replace(weight=self.weight[ids], bias=None if self.bias is None else self.bias[ids])
+
+    @property
+    def accumulator_dtype(self) -> torch.dtype:
+        """The dtype that gradients are summed in."""
+        return torch.float64 if self.logits_dtype == torch.float64 else torch.float32
+
+    @property
+    def widens(self) -> bool:
+        """Whether operands must be widened to the dtype of the logits before the GEMM."""
+        if self.operand_dtype == self.logits_dtype:
+            return False
+        return not keeps_accumulator(self.weight.device, self.operand_dtype, self.logits_dtype)
+
+
+class ProjectedSide(NamedTuple):
+    """One model: its hidden states, [N, H] ([..., H] until ``prepare``), and the head that makes logits of them."""
+
+    hidden: Tensor
+    head: LMHead
+
+
+class Operands(NamedTuple):
+    """Hidden states of some rows as the GEMMs take them."""
+
+    student: Tensor  # [R, H]
+    teacher: Tensor | None = None  # [R, H_t]
+    stacked: Tensor | None = None  # [2 R, H]: both, where one head serves both and is read once
+
+
+def projection_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of a projection's operands and of its result."""
+    operand = torch.promote_types(hidden.dtype, weight.dtype)
+    kind = hidden.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and operand != torch.float64:
+        operand = torch.get_autocast_dtype(kind)
+    narrow = operand.itemsize <= logits_dtype.itemsize and logits_dtype.itemsize > 2
+    return (operand if narrow else logits_dtype), logits_dtype
+
+
+def keeps_accumulator(device: torch.device, operand: torch.dtype, result: torch.dtype) -> bool:
+    """Whether the device has a GEMM from ``operand`` straight to the wider ``result``."""
+    narrow = result == torch.float32 and operand in (torch.bfloat16, torch.float16)
+    return narrow and device.type != "cpu" and _has_mm(device, operand)
+
+
+@functools.cache
+def _has_mm(device: torch.device, operand: torch.dtype) -> bool:
+    """Whether ``torch.mm`` takes ``out_dtype`` on the device: it does on CUDA, and says so elsewhere."""
+    return _runs(device, operand, lambda a, out: torch.mm(a, a, out_dtype=torch.float32, out=out))
+
+
+@functools.cache
+def _has_addmm(device: torch.device, operand: torch.dtype) -> bool:
+    """Whether ``torch.addmm`` adds such a product to a float32 tensor: PyTorch 2.10 does (pytorch/pytorch#167931)."""
+    return _runs(device, operand, lambda a, out: torch.addmm(out, a, a, out_dtype=torch.float32, out=out))
+
+
+def _runs(device: torch.device, operand: torch.dtype, product: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    try:
+        product(torch.zeros(16, 16, device=device, dtype=operand), torch.zeros(16, 16, device=device))
+    except torch.OutOfMemoryError:  # says nothing about the product
+        raise
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def accumulating_gemms(device: torch.device, operand: torch.dtype) -> dict[str, bool]:
+    """Which GEMMs from ``operand`` to float32 the device has; where it has none, a linear loss makes another pass."""
+    return {"mm": _has_mm(device, operand), "addmm": _has_addmm(device, operand)}
+
+
+def even_slices(total: int, most: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of range(total) of at most ``most`` each, of nearly equal length; none of nothing.
+
+    Lengths are rounded up to a multiple where ``most`` allows that.
+    """
+    if total == 0:
+        return
+    length = -(-total // -(-total // most))
+    length = min(most, -(-length // multiple) * multiple)
+    for start in range(0, total, length):
+        yield slice(start, min(start + length, total))
+
+
+def shares_projection(student: LMHead, teacher: LMHead) -> bool:
+    """Whether both heads multiply by the same tensor in the same way, so that one GEMM serves both."""
+    a, b = student.weight, teacher.weight
+    return (
+        a.data_ptr() == b.data_ptr()
+        and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        and (student.operand_dtype, student.logits_dtype) == (teacher.operand_dtype, teacher.logits_dtype)
+    )
+
+
+def convert_weights(student: LMHead, teacher: LMHead | None, *, shared: bool) -> tuple[LMHead, LMHead | None]:
+    """Heads with their weights in the dtype their GEMMs take, but for those that are widened in blocks.
+
+    ``shared``: the teacher's weight is the student's, and is converted once for both.
+    """
+    student = student._replace(weight=_converted(student))
+    if teacher is not None:
+        teacher = teacher._replace(weight=student.weight if shared else _converted(teacher))
+    return student, teacher
+
+
+def _converted(head: LMHead) -> Tensor:
+    in_blocks = head.widens or head.weight.dtype.itemsize < head.operand_dtype.itemsize
+    return head.weight if in_blocks else head.weight.to(head.operand_dtype)
+
+
+def _weight_blocks(head: LMHead) -> Iterator[tuple[slice, Tensor]]:
+    """The weight as its GEMMs take it: whole, or widened in blocks of rows."""
+    vocab, n_features = head.weight.shape
+    if head.weight.dtype == head.operand_dtype and not head.widens:
+        yield slice(0, vocab), head.weight
+        return
+    height = max(1, WIDEN_BYTES // (4 * max(n_features, 1)))
+    for start in range(0, vocab, height):
+        ids = slice(start, min(start + height, vocab))
+        # The rounding to the operands' dtype is part of the result.
+        yield ids, head.weight[ids].to(head.operand_dtype).to(head.logits_dtype)
+
+
+class LogitBuffer:
+    """Memory for both models' logits of one block of tokens and ids at a time, and for a narrower gradient of them.
+
+    Allocated once for all blocks. Rows start on multiples of ROW_MULTIPLE elements whatever the vocabulary.
+    """
+
+    def __init__(self, student: LMHead, teacher: LMHead | None, rows: int, width: int, *, narrow: bool) -> None:
+        """``narrow``: the gradient gets memory in the dtype of the GEMMs, where that is narrower."""
+        size = rows * _row_stride(width)
+        new, device = student.weight.new_empty, student.weight.device
+        self._logits = new(size if teacher is None else 2 * size, dtype=student.logits_dtype)
+        narrow = narrow and keeps_accumulator(device, student.operand_dtype, student.logits_dtype)
+        self._gradient = new(size, dtype=student.operand_dtype) if narrow else None
+
+    def project(self, hidden: Operands, student: LMHead, teacher: LMHead | None) -> tuple[Tensor, Tensor | None]:
+        """Logits [R, V] of both models."""
+        rows, width = hidden.student.shape[0], student.weight.shape[0]
+        first = _buffer_rows(self._logits, 0, rows, width)
+        if teacher is None or hidden.teacher is None:
+            _multiply(hidden.student, student, first)
+            return _add_bias_and_scale(first, student), None
+        second = _buffer_rows(self._logits, rows, rows, width)
+        if hidden.stacked is not None:
+            _multiply(hidden.stacked, student, _buffer_rows(self._logits, 0, 2 * rows, width))
+        else:
+            _multiply(hidden.student, student, first)
+            _multiply(hidden.teacher, teacher, second)
+        return _add_bias_and_scale(first, student), _add_bias_and_scale(second, teacher)
+
+    def gradient(self, logits: Tensor) -> Tensor:
+        """Where the gradient of ``logits`` [R, V] goes: over them, or beside them in the dtype of the GEMMs."""
+        return logits if self._gradient is None else _buffer_rows(self._gradient, 0, *logits.shape)
+
+
+def _row_stride(width: int) -> int:
+    return -(-width // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def _buffer_rows(flat: Tensor, first: int, rows: int, width: int) -> Tensor:
+    """Rows [first, first + rows) of ``width`` columns in a flat buffer of padded rows."""
+    stride = _row_stride(width)
+    return flat[first * stride : (first + rows) * stride].view(rows, stride)[:, :width]
+
+
+def _multiply(hidden: Tensor, head: LMHead, out: Tensor) -> None:
+    """hidden W^T, [R, V], written to ``out``; ``hidden`` in the operands' dtype."""
+    if keeps_accumulator(hidden.device, head.operand_dtype, head.logits_dtype):
+        torch.mm(hidden, head.weight.t(), out_dtype=head.logits_dtype, out=out)
+        return
+    hidden = hidden.to(head.logits_dtype)
+    for ids, weight in _weight_blocks(head):
+        torch.mm(hidden, weight.t(), out=out[:, ids])
+
+
+def _add_bias_and_scale(out: Tensor, head: LMHead) -> Tensor:
+    """scale * (out + bias), in place."""
+    if head.bias is not None:
+        out.add_(head.bias)
+    return out if head.scale == 1 else out.mul_(head.scale)
+
+
+def add_hidden_gradient(total: Tensor, grad_logits: Tensor, head: LMHead) -> None:
+    """``total`` [R, H] += grad_logits W: the gradient of hidden states, given that of hidden W^T, [R, V]."""
+    if keeps_accumulator(grad_logits.device, head.operand_dtype, total.dtype):
+        _add_product(total, grad_logits.to(head.operand_dtype), head.weight)
+        return
+    grad_logits = grad_logits.to(head.logits_dtype)
+    for ids, weight in _weight_blocks(head):
+        if total.dtype == head.logits_dtype:
+            total.addmm_(grad_logits[:, ids], weight)
+        else:
+            total.add_(torch.mm(grad_logits[:, ids], weight))
+
+
+def add_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor, head: LMHead) -> None:
+    """``total`` [V, H] += grad_logits^T hidden, in float32 (float64)."""
+    hidden = hidden.to(head.operand_dtype)
+    if keeps_accumulator(hidden.device, head.operand_dtype, total.dtype):
+        _add_product(total, grad_logits.to(head.operand_dtype).t(), hidden)
+    else:
+        total.addmm_(grad_logits.to(total.dtype).t(), hidden.to(total.dtype))
+
+
+def gradient_operand(grad_logits: Tensor, head: LMHead) -> Tensor:
+    """The gradient of logits as both GEMMs take it: rounded at most once."""
+    keeps = keeps_accumulator(grad_logits.device, head.operand_dtype, head.accumulator_dtype)
+    return grad_logits.to(head.operand_dtype) if keeps else grad_logits
+
+
+def hidden_operand(hidden: Tensor, head: LMHead) -> Tensor:
+    """Hidden states, in the operands' dtype, as ``weight_gradient`` takes them: converted once for all blocks."""
+    keeps = keeps_accumulator(hidden.device, head.operand_dtype, head.accumulator_dtype)
+    return hidden if keeps else hidden.to(head.accumulator_dtype)
+
+
+def weight_gradient(grad_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad_logits^T hidden, [V, H], summed and returned in ``dtype``."""
+    if hidden.dtype != dtype:  # a bfloat16 result might be summed in bfloat16
+        return torch.mm(grad_logits.t(), hidden, out_dtype=dtype)
+    return torch.mm(grad_logits.t().to(dtype), hidden)
+
+
+def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """``total`` (float32) += first second, of bfloat16 or float16 matrices, accumulated in float32."""
+    if _has_addmm(total.device, first.dtype):
+        torch.addmm(total, first, second, out_dtype=total.dtype, out=total)
+        return
+    height = max(1, ADDED_BYTES // (total.element_size() * total.shape[1]))
+    for rows in even_slices(total.shape[0], height, ID_MULTIPLE):
+        total[rows].add_(torch.mm(first[rows], second, out_dtype=total.dtype))
