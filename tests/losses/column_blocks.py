@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
-from types import ModuleType
-from typing import NamedTuple
 
 import torch
-from caop_fast.losses.rows import Columns, Rows
 from gradient_oracle import assert_gradient, exact_gradient, upstream
 from oracle import statistics
 from torch import Tensor
 
-from caop_fast.losses import on_triton, rows
-from caop_fast.losses.reference import states
-from caop_fast.losses.reference.divergence import Options
+from caop_fast.losses.backends.base import Backend
+from caop_fast.losses.backends.resolve import get_backend
+from caop_fast.losses.batches import (
+    Columns,
+    DistillationBatch,
+    DistillationGrads,
+    DistillationRows,
+    SavedTokens,
+    TokenBatch,
+    TokenGrads,
+)
+from caop_fast.losses.options import DivergenceOptions, TokenOptions
 
 V = 1031
 CUTS = ((0, 700, V), (0, 1, 430, V))  # one column alone is a block, too
@@ -24,28 +29,7 @@ FIELDS = ("divergence", "student_logprob", "teacher_logprob", "student_entropy",
 FLOWS = ("divergence", "logprob", "entropy")
 GOOD = 8  # rows of ``case`` that an oracle can be asked about
 INF, NAN = float("inf"), float("nan")
-
-
-class Backend(NamedTuple):
-    """What differs between the backends: by name, or in what it takes."""
-
-    code: ModuleType
-    row_state: Callable[[Tensor, Tensor, Tensor | None, Options], Tensor]
-    merge_states: Callable[[Tensor], Tensor]
-    token_fields: list[int]  # of the saved_statistics, those that a gradient of one model's tokens takes
-
-
-def _reference_state(student: Tensor, teacher: Tensor, labels: Tensor | None, options: Options) -> Tensor:
-    return states.row_state(student, teacher, labels, options, torch.promote_types(student.dtype, torch.float32))
-
-
-TORCH = Backend(rows, _reference_state, states.merge_states, [0, 2])
-TRITON = Backend(
-    on_triton,
-    lambda s, t, y, o: on_triton.row_state(s, t, y, o, s.shape[1]),
-    on_triton.merge_states,
-    [0, 1, 2, 3, 4, 5],
-)
+TORCH, TRITON = get_backend("torch"), get_backend("triton")
 
 
 def columns_of(cuts: tuple[int, ...]) -> list[Columns]:
@@ -54,16 +38,28 @@ def columns_of(cuts: tuple[int, ...]) -> list[Columns]:
 
 
 def rows_in_blocks(
-    backend: Backend, student: Tensor, teacher: Tensor, labels: Tensor | None, cuts: tuple[int, ...], options: Options
-) -> Rows:
+    backend: Backend,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    cuts: tuple[int, ...],
+    options: DivergenceOptions,
+) -> DistillationRows:
     """Statistics of rows from their blocks: states, and for an interior beta a second pass."""
-    blocks = [(c.of(student), c.of(teacher), c.local(labels)) for c in columns_of(cuts)]
-    state = backend.merge_states(torch.stack([backend.row_state(*block, options) for block in blocks]))
-    found = backend.code.state_rows(state, labels, options)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    blocks = [
+        (DistillationBatch(c.of(student), c.of(teacher), c.local(labels), None), c.width) for c in columns_of(cuts)
+    ]
+    states = [backend.row_state(batch, options, width, dtype) for batch, width in blocks]
+    found = backend.finish_distillation(backend.merge_states(torch.stack(states)), labels, options)
     if not options.interior:
         return found
-    sums = torch.cat([backend.code.mixture_sums(s, t, options, found.saved_statistics) for s, t, _ in blocks])
-    return found._replace(divergence=backend.code.finish_mixture(sums, found.saved_statistics, options))
+    sums = [backend.mixture_sums(batch.student, batch.teacher, options, found.saved_statistics) for batch, _ in blocks]
+    return found._replace(divergence=backend.finish_mixture(torch.cat(sums), found.saved_statistics, options))
+
+
+def grads_of(flows: dict[str, Tensor]) -> DistillationGrads:
+    return DistillationGrads(*(flows.get(name) for name in FLOWS))
 
 
 def gradient_in_blocks(
@@ -72,23 +68,20 @@ def gradient_in_blocks(
     teacher: Tensor,
     labels: Tensor | None,
     cuts: tuple[int, ...],
-    options: Options,
-    found: Rows,
+    options: DivergenceOptions,
+    found: DistillationRows,
     flows: dict[str, Tensor],
     *,
     weights: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gradient [N, V], block by block, each written beside its logits, in ``dtype``."""
-    upstream = {f"d_{n}": flows[n].to(found.saved_statistics) if n in flows else None for n in FLOWS}
+    saved = found.saved._replace(has_neg_inf=None)
     parts = []
     for columns in columns_of(cuts):
-        block = columns.of(student)
-        out = torch.full(block.shape, NAN, dtype=dtype or student.dtype, device=student.device)
-        part = backend.code.distillation_gradient(
-            block, columns.of(teacher), labels, weights, options, columns, found.saved_statistics, found.student_entropy,
-            out=out, **upstream,
-        )  # fmt: skip
+        batch = DistillationBatch(columns.of(student), columns.of(teacher), labels, weights)
+        out = torch.full(batch.student.shape, NAN, dtype=dtype or student.dtype, device=student.device)
+        part = backend.distillation_gradient(batch, options, columns, saved, grads_of(flows), out)
         assert part is out
         parts.append(part)
     return torch.cat(parts, 1)
@@ -137,7 +130,7 @@ def check_blocks(
     """Statistics and gradient of ``case`` against float64; what is bad is NaN in its row."""
     student, teacher, labels = case(dtype, offset, cuts, device)
     n = student.shape[0]
-    options = Options(beta_of(beta, n, device), **scalars)
+    options = DivergenceOptions(beta_of(beta, n, device), **scalars)
     flows = upstream(n, *names, device=device)
     found = rows_in_blocks(backend, student, teacher, labels, cuts, options)
     gradient = gradient_in_blocks(backend, student, teacher, labels, cuts, options, found, flows, dtype=gradient_dtype)
@@ -178,16 +171,24 @@ def check_tokens(
     """The gradient of one model's logits, from states of both sides alike, against float64."""
     logits, _, labels = case(dtype, offset, cuts, device)
     flows = upstream(len(labels), *names, device=device)
-    found = rows_in_blocks(backend, logits, logits, labels, cuts, Options(0.0, temperature, softcap, softcap))
-    d = {f"d_{n}": flows[n].to(found.saved_statistics) if n in flows else None for n in ("logprob", "entropy", "lse")}
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    states = [
+        backend.row_state(
+            DistillationBatch(c.of(logits), c.of(logits), c.local(labels), None),
+            DivergenceOptions(0.0, temperature, softcap, softcap),
+            c.width,
+            dtype,
+        )
+        for c in columns_of(cuts)
+    ]
+    found = backend.finish_tokens(backend.merge_states(torch.stack(states)), labels)
+    saved = SavedTokens(found.saved_statistics, found.entropy)
+    grads = TokenGrads(*(flows.get(name) for name in ("logprob", "entropy", "lse")))
     parts = []
     for columns in columns_of(cuts):
-        block = columns.of(logits)
-        out = torch.full_like(block, NAN)
-        part = backend.code.token_gradient(
-            block, labels, None, found.saved_statistics[backend.token_fields], found.student_entropy, temperature, softcap,
-            columns, out=out, **d,
-        )  # fmt: skip
+        batch = TokenBatch(columns.of(logits), labels, None)
+        out = torch.full_like(batch.logits, NAN)
+        part = backend.token_gradient(batch, TokenOptions(temperature, softcap), columns, saved, grads, out)
         assert part is out
         parts.append(part)
     got = torch.cat(parts, 1)

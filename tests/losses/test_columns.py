@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from caop_fast.losses.rows import Columns
 from column_blocks import (
     BETAS,
     CUTS,
@@ -22,13 +21,14 @@ from column_blocks import (
     check_tokens,
     columns_of,
     gradient_in_blocks,
+    grads_of,
     rows_in_blocks,
 )
 from gradient_oracle import assert_gradient, exact_gradient, upstream
 
-from caop_fast.losses import rows
+from caop_fast.losses.batches import Columns, DistillationBatch
+from caop_fast.losses.options import DivergenceOptions
 from caop_fast.losses.reference import states
-from caop_fast.losses.reference.divergence import Options
 
 CPU = torch.device("cpu")
 
@@ -56,11 +56,11 @@ def test_blocks_equal_the_whole(beta):
     """Also in rows that are bad."""
     cuts = CUTS[1]
     student, teacher, labels = case(torch.float32, 0.0, cuts, CPU)
-    options = Options(beta_of(beta, len(labels), CPU))
+    options = DivergenceOptions(beta_of(beta, len(labels), CPU))
     flows = upstream(len(labels))
     found = rows_in_blocks(TORCH, student, teacher, labels, cuts, options)
     got = gradient_in_blocks(TORCH, student, teacher, labels, cuts, options, found, flows)
-    whole = rows.distillation_rows(student, teacher, labels, None, options, V, torch.float32)
+    whole = TORCH.distillation_rows(DistillationBatch(student, teacher, labels, None), options, V, torch.float32)
     want = gradient_in_blocks(TORCH, student, teacher, labels, (0, V), options, whole, flows)
     for name in FIELDS:
         torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=5e-6, atol=5e-6, equal_nan=True)
@@ -71,7 +71,7 @@ def test_blocks_equal_the_whole(beta):
 def test_what_rounding_leaves_out_of_a_shift_is_in_the_partition_sums():
     """At 1e4 a float32 shift in nats is up to 5e-4 away from the maximum in log2 units that the sums refer to."""
     student, teacher, labels = (t[:GOOD] for t in case(torch.float32, 1e4, CUTS[0], CPU))
-    state = states.row_state(student, teacher, labels, Options(), torch.float32)
+    state = states.row_state(student, teacher, labels, DivergenceOptions(), torch.float32)
     found = states.saved_statistics(state)
     for side, m, shift, total in zip((student, teacher), state, found, found[2:], strict=False):
         assert 2e-4 < (shift.double() - m.double() * math.log(2)).abs().max() < 6e-4
@@ -85,25 +85,25 @@ def test_rows_of_weight_zero(beta):
     """They are never touched: their gradient is 0 whatever they hold, and that of the others is what it was."""
     cuts = CUTS[0]
     student, teacher, labels = case(torch.float32, 0.0, cuts, CPU)
-    options = Options(beta_of(beta, len(labels), CPU))
+    options = DivergenceOptions(beta_of(beta, len(labels), CPU))
     found = rows_in_blocks(TORCH, student, teacher, labels, cuts, options)
     flows = upstream(len(labels))
     weights = torch.ones(len(labels))
     weights[2] = weights[GOOD:] = 0
     want = gradient_in_blocks(TORCH, student, teacher, labels, cuts, options, found, flows)
     got = gradient_in_blocks(TORCH, student, teacher, labels, cuts, options, found, flows, weights=weights)
-    dead = weights == 0
-    assert torch.equal(got[dead], torch.zeros_like(got[dead]))
-    assert torch.equal(got[~dead], want[~dead])
+    masked = weights == 0
+    assert torch.equal(got[masked], torch.zeros_like(got[masked]))
+    assert torch.equal(got[~masked], want[~masked])
 
 
 @pytest.mark.parametrize("beta", [1.0, "rows"])
-def test_no_flow_into_an_infinite_divergence_does_no_harm(beta):
+def test_an_upstream_gradient_of_0_keeps_an_infinite_divergence_harmless(beta):
     """Neither in the block that makes it infinite, nor in one that looks harmless by itself."""
     cuts = CUTS[0]
     student, teacher, labels = (t[:4] for t in case(torch.float32, 0.0, cuts, CPU))
     teacher[1, 3], teacher[3, 900] = -INF, -INF
-    options = Options(beta_of(beta, 4, CPU))
+    options = DivergenceOptions(beta_of(beta, 4, CPU))
     flows = upstream(4)
     flows["divergence"][1] = flows["divergence"][3] = 0.0
     found = rows_in_blocks(TORCH, student, teacher, labels, cuts, options)
@@ -117,20 +117,17 @@ def test_no_flow_into_an_infinite_divergence_does_no_harm(beta):
 def test_a_block_may_be_a_part_of_a_buffer_and_its_gradient_narrower_or_over_it():
     cuts = CUTS[0]
     student, teacher, labels = (t[:6] for t in case(torch.float32, 0.0, cuts, CPU))
-    flows = upstream(6)
-    found = rows_in_blocks(TORCH, student, teacher, labels, cuts, Options())
-    want = gradient_in_blocks(TORCH, student, teacher, labels, cuts, Options(), found, flows)
-    half = gradient_in_blocks(TORCH, student, teacher, labels, cuts, Options(), found, flows, dtype=torch.bfloat16)
+    flows, options = upstream(6), DivergenceOptions()
+    found = rows_in_blocks(TORCH, student, teacher, labels, cuts, options)
+    want = gradient_in_blocks(TORCH, student, teacher, labels, cuts, options, found, flows)
+    half = gradient_in_blocks(TORCH, student, teacher, labels, cuts, options, found, flows, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, want.bfloat16())
     columns = columns_of(cuts)[1]
     block = torch.full((6, columns.width + 5), NAN)
     block[:, : columns.width] = columns.of(student)
-    d = {f"d_{name}": flow for name, flow in flows.items()}
-    over = rows.distillation_gradient(
-        block, columns.of(teacher), labels, None, Options(), columns, found.saved_statistics, found.student_entropy,
-        out=block, **d,
-    )  # fmt: skip
+    batch = DistillationBatch(block, columns.of(teacher), labels, None)
+    over = TORCH.distillation_gradient(batch, options, columns, found.saved, grads_of(flows), block)
     assert over is block
     assert torch.equal(block[:, : columns.width], columns.of(want))
     assert torch.equal(block[:, columns.width :], torch.zeros(6, 5))
@@ -138,7 +135,7 @@ def test_a_block_may_be_a_part_of_a_buffer_and_its_gradient_narrower_or_over_it(
 
 def test_the_empty_state_adds_nothing():
     student, teacher, labels = (t[:GOOD] for t in case(torch.float32, 1e4, CUTS[0], CPU))
-    state = states.row_state(student, teacher, labels, Options(), torch.float32)
+    state = states.row_state(student, teacher, labels, DivergenceOptions(), torch.float32)
     nothing = states.empty_state(len(labels), torch.float32, CPU)
     for both in ((nothing, state), (state, nothing)):
         torch.testing.assert_close(states.merge_states(torch.stack(both)), state, rtol=0, atol=0)

@@ -1,7 +1,7 @@
 """The calibration loss on confidence tokens, from hidden states and the output head.
 
-``linear_confidence_loss`` calls the operator ``caop_fast::linear_confidence``. Its backward recomputes the logits of one
-chunk of tokens after another: there is one such token per answer, so their projection is a small part of a step, and
+``linear_confidence_loss`` calls the operator ``caop_fast::linear_confidence``, whose backward recomputes the logits of
+a chunk of tokens at a time: there is one such token per answer, so their projection is a small part of a step, and
 every output stays differentiable. With a sharded vocabulary the logits of a chunk are gathered on every rank.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from caop_kernels.constants import CONFIDENCE_SAVED_FIELDS
 from torch import Tensor
 
 from caop_fast.losses import checks
@@ -44,6 +43,7 @@ from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
 from caop_fast.losses.operator import Operator
 from caop_fast.losses.options import ConfidenceOptions
 from caop_fast.losses.outputs import ConfidenceOutput
+from caop_kernels.constants import CONFIDENCE_SAVED_FIELDS
 
 
 def linear_confidence_loss(

@@ -80,17 +80,17 @@ def prepare(
     rows = {name: t.shape[0] for name, t in tensors.items() if name.endswith("weight") and t is not None}
     layout = resolve_layout(process_group, vocab_size, rows, device)
     result = check_logits_dtype(logits_dtype) or dtype
-    student, *teacher = (_with_dtypes(side, result) for side in sides.values())
+    student, *teacher = [_with_dtypes(side, result) for side in sides.values()]
     grad = torch.is_grad_enabled()
     config = LinearConfig(
         layout=layout,
         chunk_size=checks.positive_integer("chunk_size", chunk_size),
         low_memory=low_memory,
-        needs_grad=NeedsGrad(*(grad and t is not None and t.requires_grad for t in named_tensors(student).values())),
+        needs_grad=NeedsGrad(*[grad and t is not None and t.requires_grad for t in named_tensors(student).values()]),
         execution=ExecutionConfig(resolve_backend(backend, device), checks.checks_values(validate, device)),
     )
     lead = next(iter(sides.values())).hidden.shape[:-1]
-    return PreparedCall((student, *(_detached(side) for side in teacher)), lead, dtype, device, config)
+    return PreparedCall((student, *[_detached(side) for side in teacher]), lead, dtype, device, config)
 
 
 def named_tensors(side: ProjectedSide) -> dict[str, Tensor | None]:
@@ -105,7 +105,7 @@ def statistics_dtype(*sides: ProjectedSide) -> torch.dtype:
 
 def _checked_sides(sides: dict[str, ProjectedSide], *, sharded: bool) -> dict[str, ProjectedSide]:
     """Sides whose tensors fit together, with distributed heads gathered; one that serves both is gathered once."""
-    (first, student), *others = sides.items()
+    (first, student), *others = list(sides.items())
     checked = {first: _checked_side(first, student, sharded=sharded)}
     lead = student.hidden.shape[:-1]
     for prefix, side in others:

@@ -18,7 +18,7 @@ from caop_fast.losses.linear.config import check_reduction, prepare, statistics_
 from caop_fast.losses.linear.distillation_rows import (
     DistillationCall,
     check_call,
-    distillation_rows,
+    linear_rows,
     open_call,
     validate_call,
 )
@@ -140,9 +140,13 @@ def linear_distillation_loss(
     inputs = check_call(call, labels, weights, options)
     if memory == "balanced":
         return linear_distillation(LossInputs(inputs, reduction)).output(call.lead)
-    found = distillation_rows(inputs)
+    found = linear_rows(inputs)
     loss = reduce_rows(found.divergence, inputs.weights, reduction, found.divergence.shape)
-    detached = DistillationRows._make([None if t is None else t.detach() for t in found])
+    detached = found._replace(
+        divergence=found.divergence.detach(),
+        student_logprob=None if found.student_logprob is None else found.student_logprob.detach(),
+        student_entropy=found.student_entropy.detach(),
+    )
     return distillation_output(loss, detached, call.lead)
 
 

@@ -100,7 +100,7 @@ def linear_distillation_rows(
         validate=validate,
     )
     options = DivergenceOptions(beta, temperature, student_softcap, teacher_softcap)
-    found = distillation_rows(check_call(call, labels, weights, options))
+    found = linear_rows(check_call(call, labels, weights, options))
     return distillation_output(None, found, call.lead)
 
 
@@ -240,7 +240,7 @@ def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
     def visit(ids: slice, student: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor:
         batch = work.batch(student, teacher, slice(None))
         columns = call.config.layout.columns.within(ids)
-        return backend.backend.distillation_gradient(batch, work.options, columns, saved, upstream, out)
+        return backend.local.distillation_gradient(batch, work.options, columns, saved, upstream, out)
 
     gradients = ProjectionGrads.like(call.student.head, sides, call.config.needs_grad)
     over_vocabulary_blocks(sides, visit, call.config, gradients, factor)
@@ -249,11 +249,11 @@ def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
 
 def _backward(call: DistillationCall, found: DistillationRows, grads: DistillationRows) -> ProjectionGrads:
     upstream = DistillationGrads(grads.divergence, grads.student_logprob, grads.student_entropy)
-    return distillation_rows_backward(BackwardInputs(call, found.saved, upstream))
+    return linear_rows_backward(BackwardInputs(call, found.saved, upstream))
 
 
-distillation_rows = Operator("linear_distillation_rows", DistillationCall, DistillationRows, _rows, _fake_rows)
-distillation_rows_backward = Operator(
+linear_rows = Operator("linear_distillation_rows", DistillationCall, DistillationRows, _rows, _fake_rows)
+linear_rows_backward = Operator(
     "linear_distillation_rows_backward",
     BackwardInputs,
     ProjectionGrads,
@@ -261,7 +261,7 @@ distillation_rows_backward = Operator(
     lambda inputs: fake_gradients(inputs.call.student, inputs.call.config),
     once=ONCE,
 )
-distillation_rows.register_autograd(
+linear_rows.register_autograd(
     _backward,
     inputs=gradient_inputs("student"),
     outputs=DIFFERENTIABLE,

@@ -128,14 +128,14 @@ class VocabularyLayout(NamedTuple):
 class ShardedBackend(NamedTuple):
     """A backend's row computations where other ranks may hold some of the columns: states are merged over the ranks."""
 
-    backend: Backend
+    local: Backend  # computes this rank's columns
     layout: VocabularyLayout
     dtype: torch.dtype  # of the statistics
 
     def distillation_rows(self, batch: DistillationBatch, options: DivergenceOptions) -> DistillationRows:
         """Statistics of rows of which this rank has its columns."""
         if not self.layout.is_sharded:
-            return self.backend.distillation_rows(batch, options, self.layout.columns.total, self.dtype)
+            return self.local.distillation_rows(batch, options, self.layout.columns.total, self.dtype)
         state = self.state(batch, options, self.layout.columns)
         found = self.finish([state], batch.labels, options)
         if not options.interior:
@@ -150,11 +150,11 @@ class ShardedBackend(NamedTuple):
         The logits may be overwritten.
         """
         if not self.layout.is_sharded:
-            return self.backend.distillation_rows_with_gradient(batch, options, self.dtype, grad_divergence, out)
+            return self.local.distillation_rows_with_gradient(batch, options, self.dtype, grad_divergence, out)
         found = self.distillation_rows(batch, options)
         if grad_divergence is not None and out.shape[1] > 0:
             grads = DistillationGrads(grad_divergence)
-            self.backend.distillation_gradient(batch, options, self.layout.columns, found.saved, grads, out)
+            self.local.distillation_gradient(batch, options, self.layout.columns, found.saved, grads, out)
         return found
 
     def state(self, batch: DistillationBatch, options: DivergenceOptions, columns: Columns) -> Tensor:
@@ -163,21 +163,21 @@ class ShardedBackend(NamedTuple):
         if width == 0:
             return empty_state(batch.student.shape[0], self.dtype, batch.student.device)
         local = batch._replace(labels=columns.local(batch.labels))
-        return self.backend.row_state(local, options, width, self.dtype)
+        return self.local.row_state(local, options, width, self.dtype)
 
     def finish(self, states: Sequence[Tensor], labels: Tensor | None, options: DivergenceOptions) -> DistillationRows:
         """Statistics from the states of this rank's columns, and those of the other ranks."""
-        return self.backend.finish_distillation(self._merged(states), labels, options)
+        return self.local.finish_distillation(self._merged(states), labels, options)
 
     def _merged(self, states: Sequence[Tensor]) -> Tensor:
-        merged = self.backend.merge_states(torch.stack(list(states))) if len(states) > 1 else states[0]
-        return self.backend.merge_states(self.layout.gather(merged)) if self.layout.is_sharded else merged
+        merged = self.local.merge_states(torch.stack(list(states))) if len(states) > 1 else states[0]
+        return self.local.merge_states(self.layout.gather(merged)) if self.layout.is_sharded else merged
 
     def mixture_sums(self, batch: DistillationBatch, options: DivergenceOptions, found: DistillationRows) -> Tensor:
         """The sums [1, 2, N] of an interior divergence over some columns."""
         if batch.student.shape[1] == 0:
             return found.saved_statistics.new_zeros(1, 2, batch.student.shape[0])
-        sums = self.backend.mixture_sums(batch.student, batch.teacher, options, found.saved_statistics)
+        sums = self.local.mixture_sums(batch.student, batch.teacher, options, found.saved_statistics)
         return sums.sum(0, keepdim=True)
 
     def finish_mixture(
@@ -187,16 +187,16 @@ class ShardedBackend(NamedTuple):
         total = torch.cat(list(sums))
         if self.layout.is_sharded:
             total = self.layout.gather(total.sum(0))
-        return found._replace(divergence=self.backend.finish_mixture(total, found.saved_statistics, options))
+        return found._replace(divergence=self.local.finish_mixture(total, found.saved_statistics, options))
 
     def token_rows(self, batch: TokenBatch, options: TokenOptions) -> TokenRows:
         """Statistics of one model's rows of which this rank has its columns."""
         if not self.layout.is_sharded:
             dtype = checks.statistics_dtype((batch.logits,))
-            return self.backend.token_rows(batch, options, self.layout.columns.total, dtype)
+            return self.local.token_rows(batch, options, self.layout.columns.total, dtype)
         both = DistillationBatch(batch.logits, batch.logits, batch.labels, None)
         alike = DivergenceOptions(0.0, options.temperature, options.softcap, options.softcap)
-        return self.backend.finish_tokens(self._merged([self.state(both, alike, self.layout.columns)]), batch.labels)
+        return self.local.finish_tokens(self._merged([self.state(both, alike, self.layout.columns)]), batch.labels)
 
 
 def resolve_layout(
@@ -215,8 +215,8 @@ def resolve_layout(
     reason="process_group: a bare group exchanges sizes in every call, which cannot be traced; pass VocabularyShards"
 )
 def _exchange_sizes(group: dist.ProcessGroup, rows: dict[str, int], device: torch.device) -> VocabularyShards:
-    student_rows, *teacher_rows = rows.values()
-    return VocabularyShards(group, student_rows, *teacher_rows[:1], device=device)
+    held = list(rows.values())
+    return VocabularyShards(group, held[0], held[1] if len(held) > 1 else None, device)
 
 
 def check_process_group(process_group: Any) -> None:

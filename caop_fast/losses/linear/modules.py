@@ -15,7 +15,6 @@ from inspect import Parameter, Signature
 from typing import Any, ClassVar
 
 import torch
-from caop_kernels.constants import CONFIDENCE_KINDS, TAILS
 from torch import Tensor, nn
 
 from caop_fast.losses import checks
@@ -33,6 +32,7 @@ from caop_fast.losses.linear.distillation_rows import linear_distillation_rows
 from caop_fast.losses.linear.distributed import check_process_group
 from caop_fast.losses.linear.tokens import linear_token_statistics
 from caop_fast.losses.linear.topk import linear_topk_distillation_loss
+from caop_kernels.constants import CONFIDENCE_KINDS, TAILS
 
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
     **{f"{side}scale": checks.finite for side in ("", "student_", "teacher_")},
@@ -63,20 +63,19 @@ _SELF = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
 class _LinearLoss(nn.Module):
     """Keeps the options of a function, and shows those that are not its defaults.
 
-    A subclass gives the function, and what checks the option ``reduction`` where there is one.
+    A subclass gives the function, and what checks its ``reduction`` where it has one.
     """
 
     options: dict[str, Any]
     _defaults: ClassVar[dict[str, Any]]
-    _check_reduction: ClassVar[Callable[[Any], object]]
+    _checks: ClassVar[dict[str, Callable[[str, Any], object]]]
 
     def __init_subclass__(
         cls,
         function: Callable[..., Any] | None = None,
-        check_reduction: Callable[[Any], object] = lambda _: None,
-        **kwargs: Any,
+        reduction: Callable[[str, Any], object] = lambda name, value: None,
     ) -> None:
-        super().__init_subclass__(**kwargs)
+        super().__init_subclass__()
         if function is None:  # a caller's own subclass
             return
         signature = inspect.signature(function)
@@ -89,18 +88,15 @@ class _LinearLoss(nn.Module):
             fixed = [p.replace(annotation="float") if p.name == "beta" else p for p in fixed]
             called.append(Parameter("beta", Parameter.KEYWORD_ONLY, default=None, annotation="Tensor | None"))
         cls._defaults = {p.name: p.default for p in fixed}
-        cls._check_reduction = staticmethod(check_reduction)
+        cls._checks = {**_CHECKS, "reduction": reduction}
         init = _init(Signature([_SELF, *fixed], return_annotation="None"))
-        setattr(cls, "__init__", init)  # noqa: B010  # mypy lets nobody assign to __init__
+        cls.__init__ = init  # type: ignore[method-assign]  # a class has the signature of its own function
         cls.forward = _forward(function, Signature([_SELF, *called], return_annotation=signature.return_annotation))
 
     def _set_options(self, options: dict[str, Any]) -> None:
         """Check and keep the arguments of ``__init__``, defaults among them."""
-        if "reduction" in options:
-            self._check_reduction(options["reduction"])
         for name, value in options.items():
-            if name in _CHECKS:
-                _CHECKS[name](name, value)
+            self._checks[name](name, value)
         self.options = options
 
     def _fixed_arguments(self) -> dict[str, Any]:
@@ -145,7 +141,7 @@ def _forward(function: Callable[..., Any], signature: Signature) -> Callable[...
 class LinearDistillationLoss(
     _LinearLoss,
     function=linear_distillation_loss,
-    check_reduction=lambda value: check_reduction(value, "linear_distillation_loss", "linear_distillation_rows"),
+    reduction=lambda _, value: check_reduction(value, "linear_distillation_loss", "linear_distillation_rows"),
 ):
     """``linear_distillation_loss`` with its options fixed; ``beta`` may be given per token at the call."""
 
@@ -157,7 +153,7 @@ class LinearDistillationRows(_LinearLoss, function=linear_distillation_rows):
 class LinearTopKDistillationLoss(
     _LinearLoss,
     function=linear_topk_distillation_loss,
-    check_reduction=lambda value: check_reduction(
+    reduction=lambda _, value: check_reduction(
         value, "linear_topk_distillation_loss", "topk_distillation_loss on logits"
     ),
 ):
@@ -171,7 +167,7 @@ class LinearTokenStatistics(_LinearLoss, function=linear_token_statistics):
 class LinearConfidenceLoss(
     _LinearLoss,
     function=linear_confidence_loss,
-    check_reduction=lambda value: checks.choice("reduction", value, checks.REDUCTIONS),
+    reduction=lambda name, value: checks.choice(name, value, checks.REDUCTIONS),
 ):
     """``linear_confidence_loss`` with its candidates and options fixed.
 

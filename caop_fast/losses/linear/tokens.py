@@ -140,7 +140,7 @@ def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
 
     def visit(ids: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor:
         batch, columns = TokenBatch(logits, labels, weights), config.layout.columns.within(ids)
-        return backend.backend.token_gradient(batch, options, columns, saved, upstream, out)
+        return backend.local.token_gradient(batch, options, columns, saved, upstream, out)
 
     gradients = ProjectionGrads.like(student.head, sides, config.needs_grad)
     over_vocabulary_blocks(sides, visit, config, gradients, factor)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from caop_kernels.constants import TAILS
 from torch import Tensor
 
 from caop_fast.losses import checks
@@ -32,6 +31,7 @@ from caop_fast.losses.operator import Operator
 from caop_fast.losses.options import TopKOptions
 from caop_fast.losses.outputs import DistillationOutput
 from caop_fast.losses.topk import check_listed, check_values
+from caop_kernels.constants import TAILS
 
 
 def linear_topk_distillation_loss(

@@ -35,6 +35,74 @@ def test_every_option_and_tensor_of_the_function_is_there(name):
     assert set(fixed) | set(called) == {"self", *inspect.signature(function).parameters}
 
 
+def test_signatures_are_split_between_init_and_call():
+    def shown(function) -> list[tuple]:
+        return [(p.name, p.kind.name[0], p.default) for p in inspect.signature(function).parameters.values()]
+
+    none, word = inspect.Parameter.empty, "K"
+    run = [("logits_dtype", word, None), ("chunk_size", word, None)]
+    last = [("process_group", word, None), ("backend", word, "auto"), ("validate", word, None)]
+    assert shown(caop_fast.LinearTopKDistillationLoss) == [
+        ("student_scale", word, 1.0), ("student_softcap", word, None), ("tail", word, "bucket"), ("beta", word, 0.0),
+        ("temperature", word, 1.0), ("vocab_size", word, None), ("reduction", word, "mean"), *run, *last,
+    ]  # fmt: skip
+    assert shown(caop_fast.LinearTopKDistillationLoss.forward) == [
+        ("self", "P", none), ("student_hidden", "P", none), ("student_weight", "P", none), ("teacher_ids", "P", none),
+        ("teacher_logprobs", "P", none), ("labels", "P", None), ("student_bias", word, None), ("weights", word, None),
+        ("beta", word, None),
+    ]  # fmt: skip
+    assert shown(caop_fast.LinearConfidenceLoss) == [
+        ("candidate_ids", "P", none), ("candidate_values", "P", none), ("scale", word, 1.0), ("softcap", word, None),
+        ("kind", word, "cross_entropy"), ("outside_weight", word, 1.0), ("reduction", word, "mean"),
+        ("temperature", word, 1.0), ("vocab_size", word, None), ("eps", word, 1e-6), *run, *last,
+    ]  # fmt: skip
+    assert shown(caop_fast.LinearConfidenceLoss.forward)[1:] == [
+        ("hidden", "P", none), ("weight", "P", none), ("target", "P", none), ("bias", word, None),
+        ("weights", word, None),
+    ]  # fmt: skip
+
+
+def test_arguments_that_are_not_in_the_signature():
+    module = caop_fast.LinearTokenStatistics()
+    for wrong in ({"temperatur": 2.0}, {"bias": B_S}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            caop_fast.LinearTokenStatistics(**wrong)
+    with pytest.raises(TypeError, match="positional"):
+        caop_fast.LinearTokenStatistics(1.0)
+    with pytest.raises(TypeError, match="positional"):
+        module(H_S, W_S, LABELS, B_S)
+    with pytest.raises(TypeError, match="labels"):
+        module(H_S, W_S)
+    for wrong in ({"temperature": 2.0}, {"beta": torch.ones(5)}, {"hidden": H_S}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            module(H_S, W_S, LABELS, **wrong)
+
+
+def test_a_subclass_of_the_caller():
+    class Halved(caop_fast.LinearDistillationLoss):
+        def __init__(self) -> None:
+            super().__init__(temperature=2.0)
+
+        def forward(self, *tensors):
+            return super().forward(*tensors).loss / 2
+
+    want = caop_fast.linear_distillation_loss(H_S, W_S, H_T, W_T, LABELS, temperature=2.0).loss / 2
+    assert torch.equal(Halved()(H_S, W_S, H_T, W_T, LABELS), want)
+    assert repr(Halved()) == "Halved(temperature=2.0)"
+
+
+def test_they_compile_as_a_whole():
+    torch.compiler.reset()
+    beta = torch.tensor([0.0, 1, 0, 1, 1])
+    module = caop_fast.LinearDistillationLoss(student_softcap=5.0)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    want = module(H_S, W_S, H_T, W_T, LABELS, beta=beta)
+    assert equal(compiled(H_S, W_S, H_T, W_T, LABELS, beta=beta), want)
+    module = caop_fast.LinearConfidenceLoss([3, 4], [0.1, 0.85])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert equal(compiled(H_S, W_S, beta), module(H_S, W_S, beta))
+
+
 def equal(got, want) -> bool:
     return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(got, want, strict=True))
 

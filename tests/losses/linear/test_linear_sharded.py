@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-import interpreted
 import pytest
 from sharded_cases import DISTILLATION, VOCAB, WAYS, all_cases, interpreted_cases, rows_per_rank
 from spawned import Found, healthy, run
+
+import interpreted
 
 STATE = 12  # numbers per token that a rank gives away
 MIXTURE = 2  # and those of an interior divergence
