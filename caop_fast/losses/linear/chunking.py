@@ -91,19 +91,19 @@ class ProjectedSides(NamedTuple):
         return Operands(student, teacher, stacked)
 
 
-def open_sides(
+def unmask_sides(
     student: ProjectedSide, teacher: ProjectedSide | None, unmasked: UnmaskedRows, config: LinearConfig
 ) -> ProjectedSides:
     """The rows that are computed, and both heads over the ids of this rank, detached."""
     width = config.layout.columns.width
 
-    def opened(side: ProjectedSide) -> ProjectedSide:
+    def unmask(side: ProjectedSide) -> ProjectedSide:
         head = side.head
         bias = None if head.bias is None else head.bias.detach()[:width].to(head.logits_dtype)
         head = head._replace(weight=head.weight.detach()[:width], bias=bias)
         return ProjectedSide(unmasked.take(side.hidden.detach()), head)
 
-    return ProjectedSides(opened(student), None if teacher is None else opened(teacher), unmasked.mask)
+    return ProjectedSides(unmask(student), None if teacher is None else unmask(teacher), unmasked.mask)
 
 
 class ProjectionGrads(NamedTuple):

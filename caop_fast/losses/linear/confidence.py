@@ -31,14 +31,14 @@ from caop_fast.losses.confidence import (
 from caop_fast.losses.linear.chunking import (
     ProjectedSides,
     ProjectionGrads,
-    open_sides,
     over_token_chunks,
     spread_rows,
+    unmask_sides,
     write_rows,
 )
 from caop_fast.losses.linear.config import LinearConfig, prepare
 from caop_fast.losses.linear.distributed import VocabularyShards
-from caop_fast.losses.linear.gradients import fake_gradients, finish_gradients, gradient_inputs, open_upstream
+from caop_fast.losses.linear.gradients import fake_gradients, finish_gradients, gradient_inputs, prepare_upstream
 from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
 from caop_fast.losses.operator import Operator
 from caop_fast.losses.options import ConfidenceOptions
@@ -117,10 +117,10 @@ def linear_confidence_loss(
         softcap=checks.optional_positive("softcap", softcap),
     )
     score = check_score(target, weights, reduction, call.lead, call.dtype)
-    found = linear_confidence(
+    scores = linear_confidence(
         ConfidenceCall(call.sides[0], ids, values, score.target, score.weights, options, call.config)
     )
-    return confidence_output(found, score.weights, reduction, call.lead)
+    return confidence_output(scores, score.weights, reduction, call.lead)
 
 
 class ConfidenceCall(NamedTuple):
@@ -143,7 +143,7 @@ class BackwardInputs(NamedTuple):
     grads: ConfidenceGrads
 
 
-class OpenedCall(NamedTuple):
+class UnmaskedCall(NamedTuple):
     """The rows of a call that have weight; scores are computed in the dtype that the logits imply."""
 
     unmasked: UnmaskedRows
@@ -160,12 +160,12 @@ class OpenedCall(NamedTuple):
         return ConfidenceBatch(logits, self.ids, self.values, self.target[tokens], take(self.weights, tokens))
 
 
-def _open_call(call: ConfidenceCall) -> OpenedCall:
+def unmask_call(call: ConfidenceCall) -> UnmaskedCall:
     student, ids, values, target, weights, _, config = call
     unmasked, dtype = UnmaskedRows.of(weights, student.hidden.shape[0]), student.head.accumulator_dtype
-    return OpenedCall(
+    return UnmaskedCall(
         unmasked,
-        open_sides(student, None, unmasked, config),
+        unmask_sides(student, None, unmasked, config),
         ids,
         values.to(dtype),
         unmasked.take(target).to(dtype),
@@ -179,7 +179,7 @@ def _rows(call: ConfidenceCall) -> ConfidenceRows:
     if config.execution.validate:
         batch = ConfidenceBatch(call.student.hidden, call.ids, call.values, call.target, call.weights)
         check_values(batch, vocab)
-    work, backend = _open_call(call), get_backend(config.execution.backend)
+    work, backend = unmask_call(call), get_backend(config.execution.backend)
     rows = _empty_rows(work.sides.student, call)
 
     def visit(tokens: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> None:
@@ -201,10 +201,10 @@ def _empty_rows(student: ProjectedSide, call: ConfidenceCall) -> ConfidenceRows:
 def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
     call, saved, grads = inputs
     student, config, layout = call.student, call.config, call.config.layout
-    work, backend = _open_call(call), get_backend(config.execution.backend)
+    work, backend = unmask_call(call), get_backend(config.execution.backend)
     if saved is not None and work.unmasked.kept is not None:
         saved = saved[:, work.unmasked.kept]
-    upstream, factor = open_upstream(grads, student.head, work.values.dtype, work.unmasked)
+    upstream, factor = prepare_upstream(grads, student.head, work.values.dtype, work.unmasked)
 
     def visit(tokens: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor:
         gradient = backend.confidence_gradient(
@@ -226,9 +226,9 @@ def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
     return finish_gradients(gradients, student, work.unmasked, layout)
 
 
-def _backward(call: ConfidenceCall, found: ConfidenceRows, grads: ConfidenceRows) -> ProjectionGrads:
+def _backward(call: ConfidenceCall, scores: ConfidenceRows, grads: ConfidenceRows) -> ProjectionGrads:
     upstream = ConfidenceGrads(grads.loss, grads.expected, grads.variance, grads.outside_mass)
-    return linear_confidence_backward(BackwardInputs(call, found.saved_statistics, upstream))
+    return linear_confidence_backward(BackwardInputs(call, scores.saved_statistics, upstream))
 
 
 linear_confidence = Operator(

@@ -19,7 +19,7 @@ from caop_fast.losses.linear.distillation_rows import (
     DistillationCall,
     check_call,
     linear_rows,
-    open_call,
+    unmask_call,
     validate_call,
 )
 from caop_fast.losses.linear.distributed import VocabularyShards
@@ -140,12 +140,12 @@ def linear_distillation_loss(
     inputs = check_call(call, labels, weights, options)
     if memory == "balanced":
         return linear_distillation(LossInputs(inputs, reduction)).output(call.lead)
-    found = linear_rows(inputs)
-    loss = reduce_rows(found.divergence, inputs.weights, reduction, found.divergence.shape)
-    detached = found._replace(
-        divergence=found.divergence.detach(),
-        student_logprob=None if found.student_logprob is None else found.student_logprob.detach(),
-        student_entropy=found.student_entropy.detach(),
+    rows = linear_rows(inputs)
+    loss = reduce_rows(rows.divergence, inputs.weights, reduction, rows.divergence.shape)
+    detached = rows._replace(
+        divergence=rows.divergence.detach(),
+        student_logprob=None if rows.student_logprob is None else rows.student_logprob.detach(),
+        student_entropy=rows.student_entropy.detach(),
     )
     return distillation_output(loss, detached, call.lead)
 
@@ -160,7 +160,7 @@ class LossInputs(NamedTuple):
 def _loss(inputs: LossInputs) -> LossWithGradients:
     call = inputs.call
     validate_call(call)
-    work = open_call(call)
+    work = unmask_call(call)
 
     def compute(
         tokens: slice, student: Tensor, teacher: Tensor | None, out: Tensor, grad_divergence: Tensor | None

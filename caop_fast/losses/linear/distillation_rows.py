@@ -26,15 +26,15 @@ from caop_fast.losses.distillation import (
 from caop_fast.losses.linear.chunking import (
     ProjectedSides,
     ProjectionGrads,
-    open_sides,
     over_token_chunks,
     over_vocabulary_blocks,
     spread_rows,
+    unmask_sides,
     write_rows,
 )
 from caop_fast.losses.linear.config import LinearConfig, PreparedCall, prepare, statistics_dtype
 from caop_fast.losses.linear.distributed import ShardedBackend, VocabularyShards
-from caop_fast.losses.linear.gradients import fake_gradients, finish_gradients, gradient_inputs, open_upstream
+from caop_fast.losses.linear.gradients import fake_gradients, finish_gradients, gradient_inputs, prepare_upstream
 from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
 from caop_fast.losses.operator import Operator
 from caop_fast.losses.options import DivergenceOptions
@@ -100,8 +100,8 @@ def linear_distillation_rows(
         validate=validate,
     )
     options = DivergenceOptions(beta, temperature, student_softcap, teacher_softcap)
-    found = linear_rows(check_call(call, labels, weights, options))
-    return distillation_output(None, found, call.lead)
+    rows = linear_rows(check_call(call, labels, weights, options))
+    return distillation_output(None, rows, call.lead)
 
 
 class DistillationCall(NamedTuple):
@@ -139,7 +139,7 @@ def check_call(
     return DistillationCall(student, teacher, label_ids, row_weights, checked, call.config)
 
 
-class OpenedCall(NamedTuple):
+class UnmaskedCall(NamedTuple):
     """What computes the rows of a call that have weight, and what of."""
 
     backend: ShardedBackend
@@ -161,14 +161,14 @@ def validate_call(call: DistillationCall) -> None:
         check_row_values(call.labels, call.weights, call.options, call.config.layout.columns.total)
 
 
-def open_call(call: DistillationCall) -> OpenedCall:
+def unmask_call(call: DistillationCall) -> UnmaskedCall:
     """Inside of an operator: take the rows that have weight, and the ids of this rank."""
     student, teacher, labels, weights, options, config = call
     unmasked = UnmaskedRows.of(weights, student.hidden.shape[0])
-    return OpenedCall(
+    return UnmaskedCall(
         config.backend(statistics_dtype(student, teacher)),
         unmasked,
-        open_sides(student, teacher, unmasked, config),
+        unmask_sides(student, teacher, unmasked, config),
         unmasked.take(labels),
         unmasked.weights(weights),
         unmasked.take_options(options),
@@ -177,7 +177,7 @@ def open_call(call: DistillationCall) -> OpenedCall:
 
 def _rows(call: DistillationCall) -> DistillationRows:
     validate_call(call)
-    work = open_call(call)
+    work = unmask_call(call)
     if call.config.low_memory:
         rows = _rows_over_vocabulary_blocks(work, call.config)
     else:
@@ -185,7 +185,7 @@ def _rows(call: DistillationCall) -> DistillationRows:
     return spread_rows(rows, work.unmasked)
 
 
-def _rows_over_token_chunks(work: OpenedCall, config: LinearConfig) -> DistillationRows:
+def _rows_over_token_chunks(work: UnmaskedCall, config: LinearConfig) -> DistillationRows:
     rows = fake_distillation_rows(work.sides.student.hidden, work.labels, work.backend.dtype)
 
     def visit(tokens: slice, student: Tensor, teacher: Tensor | None, out: Tensor) -> None:
@@ -196,7 +196,7 @@ def _rows_over_token_chunks(work: OpenedCall, config: LinearConfig) -> Distillat
     return rows
 
 
-def _rows_over_vocabulary_blocks(work: OpenedCall, config: LinearConfig) -> DistillationRows:
+def _rows_over_vocabulary_blocks(work: UnmaskedCall, config: LinearConfig) -> DistillationRows:
     backend, options, everything = work.backend, work.options, slice(None)
     empty = work.sides.student.hidden.new_empty(work.unmasked.n_kept, 0)
     no_ids = work.batch(empty, empty, everything)
@@ -230,11 +230,11 @@ def _fake_rows(call: DistillationCall) -> DistillationRows:
 
 def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
     call, saved, grads = inputs
-    work = open_call(call)
+    work = unmask_call(call)
     backend, unmasked, kept = work.backend, work.unmasked, work.unmasked.kept
     if kept is not None:
         saved = SavedDistillation(saved.statistics[:, kept], saved.student_entropy[kept], None)
-    upstream, factor = open_upstream(grads, call.student.head, backend.dtype, unmasked)
+    upstream, factor = prepare_upstream(grads, call.student.head, backend.dtype, unmasked)
     sides = work.sides if grads.divergence is not None else work.sides._replace(teacher=None)
 
     def visit(ids: slice, student: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor:
@@ -247,9 +247,9 @@ def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
     return finish_gradients(gradients, call.student, unmasked, call.config.layout)
 
 
-def _backward(call: DistillationCall, found: DistillationRows, grads: DistillationRows) -> ProjectionGrads:
+def _backward(call: DistillationCall, rows: DistillationRows, grads: DistillationRows) -> ProjectionGrads:
     upstream = DistillationGrads(grads.divergence, grads.student_logprob, grads.student_entropy)
-    return linear_rows_backward(BackwardInputs(call, found.saved, upstream))
+    return linear_rows_backward(BackwardInputs(call, rows.saved, upstream))
 
 
 linear_rows = Operator("linear_distillation_rows", DistillationCall, DistillationRows, _rows, _fake_rows)

@@ -137,10 +137,10 @@ class ShardedBackend(NamedTuple):
         if not self.layout.is_sharded:
             return self.local.distillation_rows(batch, options, self.layout.columns.total, self.dtype)
         state = self.state(batch, options, self.layout.columns)
-        found = self.finish([state], batch.labels, options)
+        rows = self.finish([state], batch.labels, options)
         if not options.interior:
-            return found
-        return self.finish_mixture(found, [self.mixture_sums(batch, options, found)], options)
+            return rows
+        return self.finish_mixture(rows, [self.mixture_sums(batch, options, rows)], options)
 
     def distillation_rows_with_gradient(
         self, batch: DistillationBatch, options: DivergenceOptions, grad_divergence: Tensor | None, out: Tensor
@@ -151,11 +151,11 @@ class ShardedBackend(NamedTuple):
         """
         if not self.layout.is_sharded:
             return self.local.distillation_rows_with_gradient(batch, options, self.dtype, grad_divergence, out)
-        found = self.distillation_rows(batch, options)
+        rows = self.distillation_rows(batch, options)
         if grad_divergence is not None and out.shape[1] > 0:
             grads = DistillationGrads(grad_divergence)
-            self.local.distillation_gradient(batch, options, self.layout.columns, found.saved, grads, out)
-        return found
+            self.local.distillation_gradient(batch, options, self.layout.columns, rows.saved, grads, out)
+        return rows
 
     def state(self, batch: DistillationBatch, options: DivergenceOptions, columns: Columns) -> Tensor:
         """The state [12, N] of some columns."""
@@ -173,21 +173,21 @@ class ShardedBackend(NamedTuple):
         merged = self.local.merge_states(torch.stack(list(states))) if len(states) > 1 else states[0]
         return self.local.merge_states(self.layout.gather(merged)) if self.layout.is_sharded else merged
 
-    def mixture_sums(self, batch: DistillationBatch, options: DivergenceOptions, found: DistillationRows) -> Tensor:
+    def mixture_sums(self, batch: DistillationBatch, options: DivergenceOptions, rows: DistillationRows) -> Tensor:
         """The sums [1, 2, N] of an interior divergence over some columns."""
         if batch.student.shape[1] == 0:
-            return found.saved_statistics.new_zeros(1, 2, batch.student.shape[0])
-        sums = self.local.mixture_sums(batch.student, batch.teacher, options, found.saved_statistics)
+            return rows.saved_statistics.new_zeros(1, 2, batch.student.shape[0])
+        sums = self.local.mixture_sums(batch.student, batch.teacher, options, rows.saved_statistics)
         return sums.sum(0, keepdim=True)
 
     def finish_mixture(
-        self, found: DistillationRows, sums: Sequence[Tensor], options: DivergenceOptions
+        self, rows: DistillationRows, sums: Sequence[Tensor], options: DivergenceOptions
     ) -> DistillationRows:
-        """``found`` with the divergence that follows from sums over this rank's columns, and the other ranks'."""
+        """``rows`` with the divergence that follows from sums over this rank's columns, and the other ranks'."""
         total = torch.cat(list(sums))
         if self.layout.is_sharded:
             total = self.layout.gather(total.sum(0))
-        return found._replace(divergence=self.local.finish_mixture(total, found.saved_statistics, options))
+        return rows._replace(divergence=self.local.finish_mixture(total, rows.saved_statistics, options))
 
     def token_rows(self, batch: TokenBatch, options: TokenOptions) -> TokenRows:
         """Statistics of one model's rows of which this rank has its columns."""
@@ -215,8 +215,8 @@ def resolve_layout(
     reason="process_group: a bare group exchanges sizes in every call, which cannot be traced; pass VocabularyShards"
 )
 def _exchange_sizes(group: dist.ProcessGroup, rows: dict[str, int], device: torch.device) -> VocabularyShards:
-    held = list(rows.values())
-    return VocabularyShards(group, held[0], held[1] if len(held) > 1 else None, device)
+    sizes = list(rows.values())
+    return VocabularyShards(group, sizes[0], sizes[1] if len(sizes) > 1 else None, device)
 
 
 def check_process_group(process_group: Any) -> None:

@@ -90,9 +90,9 @@ def compute_with_gradients(
     }
 
     def visit(tokens: slice, student: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor | None:
-        found = compute(tokens, student, teacher, out, take(upstream, tokens))
+        computed = compute(tokens, student, teacher, out, take(upstream, tokens))
         for name, column in columns.items():
-            column[tokens] = getattr(found, name)
+            column[tokens] = getattr(computed, name)
         return None if upstream is None else out
 
     grads = ProjectionGrads.zeros(sides, config.needs_grad)
@@ -179,11 +179,11 @@ def differentiate_loss(
         name: what the flattened names of its fields start with.
     """
 
-    def backward(inputs: Inputs, found: LossWithGradients, upstream: LossWithGradients) -> list[Tensor | None]:
+    def backward(inputs: Inputs, computed: LossWithGradients, upstream: LossWithGradients) -> list[Tensor | None]:
         hidden, head = student(inputs)  # shapes and dtypes
         # Under create_graph=True going on from these gradients must be an error, not a derivative of 0.
         anchor = torch.zeros((), requires_grad=True) if torch.is_grad_enabled() else None
-        factor = upstream.loss * found.factor
+        factor = upstream.loss * computed.factor
 
         def scaled(total: Tensor | None, like: Tensor | None) -> Tensor | None:
             if total is None or like is None:
@@ -191,9 +191,9 @@ def differentiate_loss(
             return scaled_gradient(ScaledInputs(total, factor, like.dtype, like.shape[0], anchor))
 
         return [
-            scaled(found.grad_hidden, hidden),
-            scaled(found.grad_weight, head.weight),
-            scaled(found.grad_bias, head.bias),
+            scaled(computed.grad_hidden, hidden),
+            scaled(computed.grad_weight, head.weight),
+            scaled(computed.grad_bias, head.bias),
         ]
 
     operator.register_autograd(
@@ -227,7 +227,7 @@ def scale_upstream(upstream: Tensor, head: LMHead, mask: Tensor | None) -> tuple
     return upstream / factor, factor
 
 
-def open_upstream(
+def prepare_upstream(
     grads: Grads, head: LMHead, dtype: torch.dtype, unmasked: UnmaskedRows
 ) -> tuple[Grads, Tensor | None]:
     """``scale_upstream`` of several upstream gradients [N] (one at least) of the rows that are computed."""

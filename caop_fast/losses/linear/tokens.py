@@ -15,15 +15,15 @@ from caop_fast.losses.backends.row_blocks import UnmaskedRows, take
 from caop_fast.losses.batches import SavedTokens, TokenBatch, TokenGrads, TokenRows
 from caop_fast.losses.linear.chunking import (
     ProjectionGrads,
-    open_sides,
     over_token_chunks,
     over_vocabulary_blocks,
     spread_rows,
+    unmask_sides,
     write_rows,
 )
 from caop_fast.losses.linear.config import LinearConfig, prepare, statistics_dtype
 from caop_fast.losses.linear.distributed import VocabularyShards
-from caop_fast.losses.linear.gradients import fake_gradients, finish_gradients, gradient_inputs, open_upstream
+from caop_fast.losses.linear.gradients import fake_gradients, finish_gradients, gradient_inputs, prepare_upstream
 from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
 from caop_fast.losses.operator import Operator
 from caop_fast.losses.options import TokenOptions
@@ -82,8 +82,8 @@ def linear_token_statistics(
     label_ids = checks.label_ids(labels, call.lead)
     row_weights = checks.row_weights(weights, label_ids, call.lead, call.dtype)
     options = TokenOptions(checks.positive("temperature", temperature), checks.optional_positive("softcap", softcap))
-    found = linear_tokens(TokenCall(call.sides[0], label_ids, row_weights, options, call.config))
-    return token_output(found, call.lead)
+    rows = linear_tokens(TokenCall(call.sides[0], label_ids, row_weights, options, call.config))
+    return token_output(rows, call.lead)
 
 
 class TokenCall(NamedTuple):
@@ -110,7 +110,7 @@ def _rows(call: TokenCall) -> TokenRows:
         checks.check_labels(labels, config.layout.columns.total)
         checks.check_weights(weights)
     unmasked = UnmaskedRows.of(weights, student.hidden.shape[0])
-    sides = open_sides(student, None, unmasked, config)
+    sides = unmask_sides(student, None, unmasked, config)
     labels, weights = unmasked.take(labels), unmasked.weights(weights)
     backend = config.backend(statistics_dtype(student))
     rows = fake_token_rows(sides.student.hidden, labels, backend.dtype, config.execution.backend)
@@ -131,12 +131,12 @@ def _fake_rows(call: TokenCall) -> TokenRows:
 def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
     (student, labels, weights, options, config), saved, grads = inputs
     unmasked = UnmaskedRows.of(weights, student.hidden.shape[0])
-    sides = open_sides(student, None, unmasked, config)
+    sides = unmask_sides(student, None, unmasked, config)
     labels, weights = unmasked.take(labels), unmasked.weights(weights)
     backend = config.backend(statistics_dtype(student))
     if unmasked.kept is not None:
         saved = SavedTokens(saved.statistics[:, unmasked.kept], saved.entropy[unmasked.kept])
-    upstream, factor = open_upstream(grads, student.head, backend.dtype, unmasked)
+    upstream, factor = prepare_upstream(grads, student.head, backend.dtype, unmasked)
 
     def visit(ids: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor:
         batch, columns = TokenBatch(logits, labels, weights), config.layout.columns.within(ids)
@@ -147,8 +147,8 @@ def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
     return finish_gradients(gradients, student, unmasked, config.layout)
 
 
-def _backward(call: TokenCall, found: TokenRows, grads: TokenRows) -> ProjectionGrads:
-    saved = SavedTokens(found.saved_statistics, found.entropy)
+def _backward(call: TokenCall, rows: TokenRows, grads: TokenRows) -> ProjectionGrads:
+    saved = SavedTokens(rows.saved_statistics, rows.entropy)
     return linear_tokens_backward(BackwardInputs(call, saved, TokenGrads(grads.logprob, grads.entropy, grads.lse)))
 
 

@@ -16,7 +16,7 @@ from caop_fast.losses import checks
 from caop_fast.losses.backends.resolve import get_backend
 from caop_fast.losses.backends.row_blocks import UnmaskedRows, take
 from caop_fast.losses.batches import DistillationGrads, SavedTopK, TopKBatch, TopKRows
-from caop_fast.losses.linear.chunking import open_sides
+from caop_fast.losses.linear.chunking import unmask_sides
 from caop_fast.losses.linear.config import LinearConfig, check_reduction, prepare, statistics_dtype
 from caop_fast.losses.linear.distributed import VocabularyShards
 from caop_fast.losses.linear.gradients import (
@@ -171,7 +171,7 @@ def _loss(call: TopKCall) -> LossWithGradients:
     weighted = WeightedRows(
         unmasked, weights, reduction, labelled=labels is not None, dtype=_statistics_dtype(student, logprobs)
     )
-    return compute_with_gradients(open_sides(student, None, unmasked, config), compute, weighted, config)
+    return compute_with_gradients(unmask_sides(student, None, unmasked, config), compute, weighted, config)
 
 
 def _fake_loss(call: TopKCall) -> LossWithGradients:
