@@ -1,7 +1,7 @@
 """Distillation and calibration losses for PyTorch.
 
-Public functions are in the files of this folder, the operators behind them in ``ops/``, their definition in plain
-PyTorch in ``reference/``.
+Each public function is in a file of this folder with its operator, those from hidden states in ``linear/``; they run on
+``backends/``, and ``reference/`` is their definition in plain PyTorch.
 """
 
 from __future__ import annotations

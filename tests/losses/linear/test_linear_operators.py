@@ -212,6 +212,18 @@ def test_float16_survives_small_upstream_gradients():
             assert error < 2e-3, memory
 
 
+@pytest.mark.parametrize("name", ["balanced", "topk"])
+def test_gradients_of_the_forward_pass_keep_no_input(name):
+    leaves = [t.requires_grad_() for t in make()[:3]]
+    inputs = [t * 1 for t in leaves]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        CALLS[name](*inputs)
+    storages = {t.untyped_storage().data_ptr() for t in kept if t.numel()}
+    assert len(storages) >= 4  # three gradients and their factor
+    assert not storages & {t.untyped_storage().data_ptr() for t in (*inputs, *TEACHER, *LISTED)}
+
+
 @pytest.mark.parametrize("memory", ["balanced", "min"])
 def test_shapes_without_values(memory):
     """On the meta device, as when a model is laid out before it is loaded."""
