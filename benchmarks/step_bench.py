@@ -74,7 +74,7 @@ class Contender:
 
 def _hidden(model: PreTrainedModel, prompts: list[list[int]], batch: Batch) -> tuple[Tensor, Tensor]:
     """Hidden states [N, H] of the loss tokens, each prompt run once for all of its rollouts; and the head [V, H]."""
-    from caop_fast.training.head import language_head
+    from caop_fast.training.model import language_head
     from caop_fast.training.scoring import completion_hidden
 
     hidden = completion_hidden(model, prompts, batch.completions, pad_id=batch.pad)
@@ -257,7 +257,7 @@ class Bench:
 
     def compared(self) -> dict[str, Tensor]:
         """Weights whose gradients are compared: one that the prompt's tokens act on, the body's last, the head."""
-        from caop_fast.training.head import backbone, language_head
+        from caop_fast.training.model import backbone, language_head
 
         layers = backbone(self.student).layers
         return {
@@ -336,7 +336,7 @@ def reference(
 
     Each rollout runs by itself: nothing is padded or shared, and logits are float32 products.
     """
-    from caop_fast.training.head import backbone, language_head
+    from caop_fast.training.model import backbone, language_head
 
     def logits(model: PreTrainedModel, prompts: list[list[int]], rollouts: list[tuple[int, Tensor]]) -> Tensor:
         hidden = []

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__
-from .calibration import command as audit
-from .demo import command as demo
+from caop_fast import __version__
+from caop_fast.calibration import command as audit
+from caop_fast.demo import command as demo
 
 DESCRIPTION = """\
 Calibration-aware on-policy distillation.

@@ -5,13 +5,19 @@ Importing this needs neither torch nor transformers; a tokenizer is only ever pa
 
 from __future__ import annotations
 
-from .prompts import ask_for_confidence, confidence_instruction
-from .splice import Spliced, candidate_ids, locate_confidence, splice_confidence
-from .statement import answer_text
-from .style import ConfidenceStyle
-from .teacher import DEFAULT_NOTE, DEFAULT_TEMPLATE, TeacherContext, encode_prompt, student_messages
-from .tools import ToolCalls
-from .verifiers import MultipleChoice, OneOf, Verdict, Verifier, normalise_text, success_rates
+from caop_fast.caop.prompts import ask_for_confidence, confidence_instruction
+from caop_fast.caop.splice import Spliced, candidate_ids, locate_confidence, splice_confidence
+from caop_fast.caop.statement import answer_text
+from caop_fast.caop.style import ConfidenceStyle
+from caop_fast.caop.teacher_context import (
+    DEFAULT_NOTE,
+    DEFAULT_TEMPLATE,
+    TeacherContext,
+    encode_prompt,
+    student_messages,
+)
+from caop_fast.caop.tools import ToolCalls
+from caop_fast.caop.verifiers import MultipleChoice, OneOf, Verdict, Verifier, normalise_text, success_rates
 
 __all__ = [
     "DEFAULT_NOTE",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from .style import ConfidenceStyle
+from caop_fast.caop.style import ConfidenceStyle
 
 
 def confidence_instruction(style: ConfidenceStyle) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..calibration.parse import parse_confidence
-from .style import ConfidenceStyle
+from caop_fast.calibration.parse import parse_confidence
+from caop_fast.caop.style import ConfidenceStyle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

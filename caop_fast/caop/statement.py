@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..calibration.parse import ParsedConfidence, parse_confidence
+from caop_fast.calibration.parse import ParsedConfidence, parse_confidence
 
 _WORD = re.compile("confidence", re.IGNORECASE | re.ASCII)
 # A list bullet on the statement's own line, then what is glued to the word: a tag's "<", a quote, emphasis.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 
-from ..calibration.parse import parse_confidence
+from caop_fast.calibration.parse import parse_confidence
 
 
 @dataclass(frozen=True)

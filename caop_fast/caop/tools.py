@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .statement import answer_text
-from .verifiers import Verdict, _of, _reference
+from caop_fast.caop.statement import answer_text
+from caop_fast.caop.verifiers import Verdict, _of, _reference
 
 _ACTION = re.compile(r"^[ \t]{0,8}[*_`]{0,3}Action[*_`]{0,3}[ \t]{0,4}:[*_`]{0,3}[ \t]{0,4}([^\n]{1,300})", re.M | re.I)
 _INPUT = re.compile(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from .statement import answer_text
+from caop_fast.caop.statement import answer_text
 
 __all__ = [
     "MultipleChoice",

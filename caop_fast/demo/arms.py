@@ -18,10 +18,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..calibration.files import write_atomic
-from ..training import Evaluation, Method, TrainConfig, evaluate, student_prompts, train
-from .closed_form import success_probabilities
-from .task import Row, load_task
+from caop_fast.calibration.files import write_atomic
+from caop_fast.demo.closed_form import success_probabilities
+from caop_fast.demo.task import Row, load_task
+from caop_fast.training import Evaluation, Method, TrainConfig, evaluate, student_prompts, train
 
 EVALUATION_SEED = 1_000_003  # not the seed of any training step
 

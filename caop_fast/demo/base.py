@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3Config, Qwen3ForCausalLM, get_cosine_schedule_with_warmup
 
-from ..training.padding import pad_right
-from .task import Row, Task
-from .tokenizer import encode_chats, encode_texts
+from caop_fast.demo.task import Row, Task
+from caop_fast.demo.tokenizer import encode_chats, encode_texts
+from caop_fast.training.padding import pad_right
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

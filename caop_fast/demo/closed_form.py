@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from ..caop import ConfidenceStyle
-from ..training.head import language_head
-from ..training.scoring import Completions, completion_hidden
-from .task import Row
-from .tokenizer import encode_texts
+from caop_fast.caop import ConfidenceStyle
+from caop_fast.demo.task import Row
+from caop_fast.demo.tokenizer import encode_texts
+from caop_fast.training.model import language_head
+from caop_fast.training.scoring import Completions, completion_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

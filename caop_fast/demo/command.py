@@ -65,8 +65,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 when done, 1 when an arm failed, 2 on bad input, 130 on Ctrl-C, 141 when the output is closed."""
     try:
-        from .page import PAGE_NAME, demo_table, demo_verdict
-        from .run import ArmFailed, DemoConfig, run_demo
+        from caop_fast.demo.page import PAGE_NAME, demo_table, demo_verdict
+        from caop_fast.demo.run import ArmFailed, DemoConfig, run_demo
     except ModuleNotFoundError as error:
         return _refuse(f"the demo needs the package {error.name!r}; install it with: pip install 'caop-fast[demo]'")
     try:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..calibration import page, plots
-from ..calibration.answers import Arm
-from ..calibration.files import write_atomic
-from ..calibration.intervals import ece_floor
-from ..calibration.metrics import constant_baseline
-from ..calibration.table import format_table, format_value, metric_rows
+from caop_fast.calibration import page, plots
+from caop_fast.calibration.answers import Arm
+from caop_fast.calibration.files import write_atomic
+from caop_fast.calibration.intervals import ece_floor
+from caop_fast.calibration.metrics import constant_baseline
+from caop_fast.calibration.table import format_table, format_value, metric_rows
 
 PAGE_NAME = "demo.html"
 CALIBRATION_KEYS = ("accuracy", "mean_confidence", "overconfidence_gap", "ece", "brier", "spr", "auroc")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..training import TrainConfig
-from .base import BaseConfig
+from caop_fast.demo.base import BaseConfig
+from caop_fast.training import TrainConfig
 
 
 class Recipe(NamedTuple):

@@ -24,16 +24,16 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 
-from ..calibration import parse_confidence
-from ..calibration.files import write_atomic
-from ..caop import answer_text
-from ..training import ARMS, TrainConfig
-from .arms import ArmJob, read_answers, run_arm
-from .base import BaseConfig, pretrain
-from .page import demo_page
-from .progress import Progress
-from .recipes import RECIPES
-from .task import TASK_NAMES, Task, load_task
+from caop_fast.calibration import parse_confidence
+from caop_fast.calibration.files import write_atomic
+from caop_fast.caop import answer_text
+from caop_fast.demo.arms import ArmJob, read_answers, run_arm
+from caop_fast.demo.base import BaseConfig, pretrain
+from caop_fast.demo.page import demo_page
+from caop_fast.demo.progress import Progress
+from caop_fast.demo.recipes import RECIPES
+from caop_fast.demo.task import TASK_NAMES, Task, load_task
+from caop_fast.training import ARMS, TrainConfig
 
 ALL_ARMS = ("base", *ARMS)
 PHASES = {"train": "distil", "evaluate": "held-out answers"}

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from ..calibration.counts import Answers
-from ..calibration.files import write_atomic
-from ..calibration.intervals import percentiles, resample_metrics
-from ..calibration.metrics import METRICS
-from .arms import read_answers
-from .run import ALL_ARMS, DemoConfig, run_demo
-from .task import TASK_NAMES
+from caop_fast.calibration.counts import Answers
+from caop_fast.calibration.files import write_atomic
+from caop_fast.calibration.intervals import percentiles, resample_metrics
+from caop_fast.calibration.metrics import METRICS
+from caop_fast.demo.arms import read_answers
+from caop_fast.demo.run import ALL_ARMS, DemoConfig, run_demo
+from caop_fast.demo.task import TASK_NAMES
 
 COMPARED = (("opd", "base"), ("caop", "opd"), ("direct", "opd"), ("masked", "opd"), ("caop", "masked"))
 SHOWN = (

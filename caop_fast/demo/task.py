@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from caop_fast.caop.style import ConfidenceStyle
-from caop_fast.caop.teacher import TeacherContext
+from caop_fast.caop.teacher_context import TeacherContext
 from caop_fast.caop.verifiers import OneOf, Verifier
 from caop_fast.demo.tokenizer import EXAMPLE, NOTE, word_level_tokenizer
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration import calibration_metrics, parse_confidence
-from ..caop import ConfidenceStyle, Verifier, locate_confidence
-from .head import language_head
-from .reading import ROWS_AT_ONCE, ValueGrid, token_entropy, value_reading
-from .rollouts import Rollout, sample_rollouts, stop_token_ids
-from .scoring import Completions, completion_hidden
+from caop_fast.calibration import calibration_metrics, parse_confidence
+from caop_fast.caop import ConfidenceStyle, Verifier, locate_confidence
+from caop_fast.training.model import language_head
+from caop_fast.training.reading import ROWS_AT_ONCE, ValueGrid, token_entropy, value_reading
+from caop_fast.training.rollouts import Rollout, sample_rollouts, stop_token_ids
+from caop_fast.training.scoring import Completions, completion_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..calibration import calibration_metrics, parse_confidence
-from .step import Sampled, StepOutput
+from caop_fast.calibration import calibration_metrics, parse_confidence
+from caop_fast.training.step import Sampled, StepOutput
 
 
 class RolloutWindow:

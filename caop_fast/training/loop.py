@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from ..calibration.files import write_atomic
-from .checkpoint import guard_interrupt, load_checkpoint, save_atomically
-from .config import TrainConfig
-from .history import RolloutWindow
-from .reading import ValueGrid
-from .rollouts import seeded
-from .step import Method, accumulate_gradients, build_groups, sample_and_verify, student_prompts
-from .teacher import EmaTeacher
+from caop_fast.calibration.files import write_atomic
+from caop_fast.training.checkpoint import guard_interrupt, load_checkpoint, save_atomically
+from caop_fast.training.config import TrainConfig
+from caop_fast.training.history import RolloutWindow
+from caop_fast.training.reading import ValueGrid
+from caop_fast.training.rollouts import seeded
+from caop_fast.training.step import Method, accumulate_gradients, build_groups, sample_and_verify, student_prompts
+from caop_fast.training.teacher_weights import EmaTeacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..caop import ConfidenceStyle, locate_confidence, splice_confidence
-from .rollouts import Rollout
+from caop_fast.caop import ConfidenceStyle, locate_confidence, splice_confidence
+from caop_fast.training.rollouts import Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..caop import ConfidenceStyle, candidate_ids
-from .head import LanguageHead
+from caop_fast.caop import ConfidenceStyle, candidate_ids
+from caop_fast.training.model import LanguageHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig
 
-from .padding import pad_left
+from caop_fast.training.padding import pad_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

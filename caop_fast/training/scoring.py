@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .head import backbone
-from .padding import pad_left, pad_right
+from caop_fast.training.model import backbone
+from caop_fast.training.padding import pad_left, pad_right
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..caop import (
+from caop_fast.caop import (
     ConfidenceStyle,
     TeacherContext,
     Verdict,
@@ -18,13 +18,13 @@ from ..caop import (
     student_messages,
     success_rates,
 )
-from ..losses import linear_confidence_loss, linear_distillation_loss
-from .config import TrainConfig
-from .head import language_head
-from .plan import TokenPlan, plan_tokens
-from .reading import ValueGrid, value_reading
-from .rollouts import Rollout, sample_rollouts, stop_token_ids
-from .scoring import Completions, completion_hidden
+from caop_fast.losses import linear_confidence_loss, linear_distillation_loss
+from caop_fast.training.config import TrainConfig
+from caop_fast.training.model import language_head
+from caop_fast.training.plan import TokenPlan, plan_tokens
+from caop_fast.training.reading import ValueGrid, value_reading
+from caop_fast.training.rollouts import Rollout, sample_rollouts, stop_token_ids
+from caop_fast.training.scoring import Completions, completion_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ import math
 import time
 
 import numpy as np
-import oracle_metrics as oracle
 import pytest
+from helpers import oracle_metrics as oracle
 
 from caop_fast.calibration import bootstrap_intervals, calibration_metrics, ece_floor, paired_bootstrap
 from caop_fast.calibration.counts import Answers

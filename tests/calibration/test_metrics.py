@@ -9,8 +9,8 @@ import sys
 import time
 
 import numpy as np
-import oracle_metrics as oracle
 import pytest
+from helpers import oracle_metrics as oracle
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from small_tokenizers import BUILDERS, word_level
+from helpers.small_tokenizers import BUILDERS, word_level
 from transformers import PreTrainedTokenizerFast
 
 

@@ -4,9 +4,9 @@ import time
 
 import numpy as np
 import pytest
+from helpers.small_tokenizers import byte_level, word_level
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from small_tokenizers import byte_level, word_level
 
 from caop_fast.calibration.parse import parse_confidence
 from caop_fast.caop import ConfidenceStyle, candidate_ids, locate_confidence, splice_confidence

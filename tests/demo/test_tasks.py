@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from caop_fast.caop.teacher import student_messages
+from caop_fast.caop.teacher_context import student_messages
 from caop_fast.demo.task import SPLITS, TASK_NAMES, Task, load_task, split_of, stable_fraction
 from caop_fast.demo.tokenizer import encode_chats, encode_texts
 

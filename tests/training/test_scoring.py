@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from caop_fast.training.head import backbone, language_head
+from caop_fast.training.model import backbone, language_head
 from caop_fast.training.scoring import Completions, completion_hidden
 
 

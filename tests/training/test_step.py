@@ -5,7 +5,7 @@ import torch
 
 from caop_fast.caop import Verdict
 from caop_fast.training import TrainConfig
-from caop_fast.training.head import backbone
+from caop_fast.training.model import backbone
 from caop_fast.training.plan import plan_tokens
 from caop_fast.training.reading import ValueGrid
 from caop_fast.training.rollouts import Rollout

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.parse import parse_confidence, replace_confidence
+from caop_fast.calibration.parse import parse_confidence, replace_confidence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from small_tokenizers import byte_level
+from helpers.small_tokenizers import byte_level
 
 from caop_fast.calibration.parse import parse_confidence
 from caop_fast.caop import (
