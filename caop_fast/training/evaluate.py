@@ -13,7 +13,8 @@ from torch import Tensor
 
 from caop_fast.calibration import calibration_metrics, parse_confidence
 from caop_fast.caop import ConfidenceStyle, Verifier, locate_confidence
-from caop_fast.training.model import language_head
+from caop_fast.training.autocast import fresh_weight_casts
+from caop_fast.training.model import LanguageHead, check_logits, language_head
 from caop_fast.training.reading import ROWS_AT_ONCE, ValueGrid, token_entropy, value_reading
 from caop_fast.training.rollouts import Rollout, sample_rollouts, stop_token_ids
 from caop_fast.training.scoring import Completions, completion_hidden
@@ -85,7 +86,14 @@ def evaluate(
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """One answer a prompt, sampled at `temperature` or greedy, verified and read; the distribution at the value is
-    taken at the same temperature in both cases."""
+    taken at the same temperature in both cases.
+
+    Raises:
+        TypeError: the logits of `model` are not those its hidden states and output weight give (see `check_logits`).
+        FloatingPointError: its logits are not finite.
+    """
+    if prompts:
+        check_logits(model, prompts[0])
     rollouts = sample_rollouts(
         model,
         tokenizer,
@@ -120,6 +128,7 @@ def evaluate(
 
 
 @torch.no_grad()
+@fresh_weight_casts()
 def read_confidence(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -163,7 +172,15 @@ def read_confidence(
     return result
 
 
-def _read_answer_entropy(result, start, batch, spans, hidden: Tensor, head, temperature: float) -> None:
+def _read_answer_entropy(
+    result: dict[str, np.ndarray],
+    start: int,
+    batch: Sequence[Rollout],
+    spans: Sequence[Sequence[int]],
+    hidden: Tensor,
+    head: LanguageHead,
+    temperature: float,
+) -> None:
     """Mean entropy over each completion's tokens before its value (all of them where it states none)."""
     lengths = [span[0] if span else len(r.ids) for r, span in zip(batch, spans, strict=True)]
     flat = [(k, j) for k, n in enumerate(lengths) for j in range(n)]

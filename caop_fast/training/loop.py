@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from caop_fast.calibration.files import write_atomic
 from caop_fast.training.checkpoint import guard_interrupt, load_checkpoint, save_atomically
 from caop_fast.training.config import TrainConfig
 from caop_fast.training.history import RolloutWindow
+from caop_fast.training.model import check_logits
 from caop_fast.training.reading import ValueGrid
 from caop_fast.training.rollouts import seeded
 from caop_fast.training.step import Method, accumulate_gradients, build_groups, sample_and_verify, student_prompts
@@ -47,24 +50,34 @@ def train(
     """Distil `student` into itself, on its own answers to `rows`, in place.
 
     Args:
-        student: a causal LM with float32 parameters (compute in bfloat16 by running under ``torch.autocast``).
+        student: a causal LM with float32 parameters. To compute in bfloat16 call this within
+            ``torch.autocast(device_type, dtype=torch.bfloat16)``; one such region around the whole run is right, since
+            the casts it caches are dropped whenever the weights have changed.
         rows: each a mapping with ``id``, ``prompt``, ``answer`` as the verifier wants it and ``demonstration``, which
             only the teacher sees.
         out: folder for ``checkpoint.pt`` and ``history.jsonl``; a run found there with the same configuration goes on
             where it stopped, with another it is a ValueError. Ctrl-C ends the step, saves, raises KeyboardInterrupt.
         on_step: called after every step with its number (from 1) and loss; should it raise, the step is saved first.
+
+    Raises:
+        TypeError: parameters in other dtypes than float32, or a model whose logits the linear losses cannot give (see
+            `check_logits`).
+        ValueError: too few rows, a prompt over its budget, or a folder of another run.
+        FloatingPointError: a loss or gradient norm that is not finite. Student, teacher, optimizer and the last
+            checkpoint are then those of the step before.
     """
     wrong = sorted({str(p.dtype) for p in student.parameters()} - {"torch.float32"})
     if wrong:
         raise TypeError(
             f"student must have float32 parameters, got {', '.join(wrong)}: AdamW and the averaged teacher lose small "
-            "updates in 16 bits. Load it in float32 and compute under torch.autocast"
+            "updates in 16 bits. Load it in float32 and call train within torch.autocast, which computes in 16 bits"
         )
     if len(rows) < config.prompts_per_step:
         raise ValueError(f"rows must hold at least prompts_per_step={config.prompts_per_step} rows, got {len(rows)}")
     run = _Run(student, config, [str(r["id"]) for r in rows], Path(out) if out is not None else None)
     run.resume()
     prompts = student_prompts(rows, tokenizer, config.max_prompt_tokens)
+    check_logits(student, prompts[0])
     grid = ValueGrid.of(tokenizer, method.style, student.device, single_tokens=config.arm == "direct")
     student.train()
     with guard_interrupt() as guard:
@@ -79,12 +92,11 @@ def train(
             run.optimizer.zero_grad(set_to_none=True)
             with seeded(step_seed(config.seed, run.step) ^ 1, student.device):  # dropout, where the model has any
                 output = accumulate_gradients(student, run.teacher.model, groups, tokenizer, grid, config)
-            torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+            loss = clip_gradients(student, output.loss, config.max_grad_norm, step=run.step + 1)
             run.optimizer.step()
             run.schedule.step()
             run.teacher.update(student)
 
-            loss = output.loss.item()  # beside sampling, the step's one wait for the device
             run.window.add(sampled, output)
             run.finish_step()
             try:
@@ -96,6 +108,30 @@ def train(
                 raise
     run.save()
     return TrainResult(student, run.history)
+
+
+def clip_gradients(student: nn.Module, loss: Tensor, max_norm: float, *, step: int) -> float:
+    """Scale the gradients of `student` to a norm of at most `max_norm`; returns the loss as a number.
+
+    Raises:
+        FloatingPointError: the loss or the norm is not finite. The gradients are dropped, so that nothing can apply
+            them.
+    """
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    # Beside sampling, the step's one wait for the device.
+    loss_value, norm_value = torch.stack([loss.detach().float(), norm.to(loss.device, torch.float32)]).tolist()
+    if math.isfinite(loss_value) and math.isfinite(norm_value):
+        torch.nn.utils.clip_grads_with_norm_(student.parameters(), max_norm, norm)
+        return loss_value
+    wrong = [n for n, p in student.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    student.zero_grad(set_to_none=True)
+    raise FloatingPointError(
+        f"step {step}: loss {loss_value} or gradient norm {norm_value} is not finite (parameters with such gradients: "
+        f"{', '.join(wrong[:5]) or 'none'}{more}); the step was not applied. Usual causes: a learning rate that is too "
+        "high, or float16, whose range is too small without loss scaling (compute in bfloat16)"
+    )
 
 
 def batch_indices(n_rows: int, batch: int, step: int, seed: int) -> list[int]:
@@ -139,10 +175,9 @@ class _Run:
         if every and self.step % every == 0:
             self.save()
 
-    def save(self) -> None:
-        if self.out is None:
-            return
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds, as tensors and plain values."""
+        return {
             "config": self.config.to_dict(),
             "data": self.data,
             "step": self.step,
@@ -153,7 +188,12 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
-        save_atomically(state, self.out / "checkpoint.pt")
+
+    def save(self) -> None:
+        """Write `state` and the history to the run's folder, if it has one."""
+        if self.out is None:
+            return
+        save_atomically(self.state(), self.out / "checkpoint.pt")
         write_atomic(self.out / "history.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
 
     def resume(self) -> None:

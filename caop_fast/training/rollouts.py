@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig
 
+from caop_fast.training.autocast import fresh_weight_casts
 from caop_fast.training.padding import pad_left
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def sample_rollouts(
     # Equal lengths side by side waste no compute on padding; the answers go back into prompt order below.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     try:
-        with seeded(seed, device):
+        with seeded(seed, device), fresh_weight_casts():
             for start in range(0, len(order), step):
                 chosen = order[start : start + step]
                 ids, mask = pad_left([prompts[i] for i in chosen], pad, device)

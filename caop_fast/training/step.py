@@ -19,6 +19,7 @@ from caop_fast.caop import (
     success_rates,
 )
 from caop_fast.losses import linear_confidence_loss, linear_distillation_loss
+from caop_fast.training.autocast import fresh_weight_casts
 from caop_fast.training.config import TrainConfig
 from caop_fast.training.model import language_head
 from caop_fast.training.plan import TokenPlan, plan_tokens
@@ -162,11 +163,12 @@ def accumulate_gradients(
     )
     size = config.micro_batch_prompts or len(groups)
     outputs = []
-    for start in range(0, len(groups), size):
-        output = _micro_batch(student, teacher, groups[start : start + size], tokenizer, grid, config, totals)
-        if output.loss.requires_grad:
-            output.loss.backward()
-        outputs.append(output)
+    with fresh_weight_casts(cache=False):
+        for start in range(0, len(groups), size):
+            output = _micro_batch(student, teacher, groups[start : start + size], tokenizer, grid, config, totals)
+            if output.loss.requires_grad:
+                output.loss.backward()
+            outputs.append(output)
     return StepOutput(
         loss=torch.stack([o.loss.detach() for o in outputs]).sum(),
         expected=torch.cat([o.expected for o in outputs]),

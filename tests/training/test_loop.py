@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import signal
 
 import pytest
 import torch
 
-from caop_fast.training import TrainConfig, train
+from caop_fast.training import TrainConfig, loop, train
 from caop_fast.training.checkpoint import guard_interrupt, load_checkpoint, save_atomically
 from caop_fast.training.loop import batch_indices, step_seed
 
@@ -24,6 +26,15 @@ CONFIG = TrainConfig(
     ema_rate=0.5,
     seed=2,
 )
+
+
+def leaves(state, path=()):
+    """``(path, value)`` of each tensor and plain value in nested dictionaries and lists."""
+    if isinstance(state, dict | list):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, state
 
 
 def weights(model):
@@ -169,3 +180,81 @@ def test_the_second_ctrl_c_acts_at_once():
             os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             guard.check()
+
+
+@pytest.fixture
+def spoil():
+    """Make one backward or one training forward of a student give a number that is not finite."""
+
+    def spoil_gradient(student, at_step, number):
+        calls = []
+
+        def hook(gradient):
+            calls.append(1)
+            return gradient.index_fill(0, torch.tensor([0]), number) if len(calls) == at_step else gradient
+
+        return student.model.layers[1].mlp.up_proj.weight.register_hook(hook)
+
+    def spoil_forward(student, at_step, number):
+        calls = []
+
+        def hook(module, arguments, output):
+            if torch.is_grad_enabled():  # neither the rollouts nor the teacher
+                calls.append(1)
+            return output * number if torch.is_grad_enabled() and len(calls) == 2 * at_step else output
+
+        return student.model.norm.register_forward_hook(hook)  # called twice a step: for prompts and completions
+
+    return {"gradient": spoil_gradient, "loss": spoil_forward}
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_changes_nothing(make_model, tokenizer, rows, method, tmp_path, spoil, what, number):
+    config = TrainConfig(**{**CONFIG.to_dict(), "adam_betas": (0.9, 0.95), "checkpoint_every": 1})
+    whole = train(make_model(), tokenizer, rows, method, config)
+    student, seen = make_model(), []
+    hook = spoil[what](student, 3, number)
+    with pytest.raises(FloatingPointError, match=r"step 3.*not finite") as error:
+        train(student, tokenizer, rows, method, config, out=tmp_path, on_step=lambda s, _: seen.append(s))
+    assert seen == [1, 2]
+    assert ("layers.1.mlp.up_proj" if what == "gradient" else "embed_tokens") in str(error.value)
+    saved = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert saved["step"] == 2
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, saved["student"][name]), name
+    assert all(p.grad is None for p in student.parameters())
+    hook.remove()
+    resumed = train(make_model(9), tokenizer, rows, method, config, out=tmp_path)  # teacher and optimizer, too
+    assert torch.equal(weights(whole.student), weights(resumed.student))
+    assert whole.history == resumed.history
+
+
+def test_a_spoilt_step_leaves_teacher_optimizer_and_schedule_alone(make_model, tokenizer, rows, method, monkeypatch):
+    """What a caller holds on to, not only what is on disk."""
+    runs, states = [], []
+
+    class Watched(loop._Run):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            runs.append(self)
+
+        def finish_step(self):
+            super().finish_step()
+            states.append(copy.deepcopy(self.state()))
+
+    monkeypatch.setattr(loop, "_Run", Watched)
+    student, calls = make_model(), []
+
+    def hook(gradient):
+        calls.append(1)
+        return gradient * (math.nan if len(calls) == 3 else 1.0)
+
+    student.lm_head.weight.register_hook(hook)
+    with pytest.raises(FloatingPointError):
+        train(student, tokenizer, rows, method, CONFIG)
+    assert len(states) == 2
+    before, after = dict(leaves(states[-1])), dict(leaves(runs[0].state()))
+    assert before.keys() == after.keys()
+    for path, value in before.items():
+        assert torch.equal(value, after[path]) if isinstance(value, torch.Tensor) else value == after[path], path
