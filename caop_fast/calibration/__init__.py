@@ -1,13 +1,18 @@
 """Calibration: reading a stated confidence, metrics with intervals, and the audit. Needs numpy alone; never torch."""
 
-from caop_fast.calibration.intervals import Difference, bootstrap_intervals, ece_floor, paired_bootstrap
+from caop_fast.calibration.intervals import (
+    Difference,
+    bootstrap_intervals,
+    ece_floor,
+    paired_bootstrap,
+    wilson_interval,
+)
 from caop_fast.calibration.metrics import (
     ReliabilityBin,
     calibration_metrics,
     constant_baseline,
     reliability_bins,
     risk_coverage_curve,
-    wilson_interval,
 )
 from caop_fast.calibration.parse import ParsedConfidence, parse_confidence, replace_confidence
 

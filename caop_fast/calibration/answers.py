@@ -6,16 +6,17 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from caop_fast.calibration.counts import Answers, FloatArray
 from caop_fast.calibration.parse import parse_confidence
 
 MAX_REPORTED_ERRORS = 5
-MAX_EXAMPLES = 5  # unread answers kept per arm, to be shown
+MAX_EXAMPLES = 5  # unread answers kept per model, to be shown
 EXCERPT = 120  # characters kept of each: its end, where the confidence is expected
 
 
@@ -33,12 +34,11 @@ class Unread:
 
 
 @dataclass(frozen=True, eq=False)
-class Arm:
-    """The answers of one model (one arm of a comparison).
+class ModelAnswers:
+    """The answers of one model, as an audit judges them.
 
-    name: what the arm is called in tables and plots.
-    correct: [n] float64 in [0, 1], 1 = right.
-    confidence: [n] float64 in [0, 1], NaN = the answer states no confidence that can be read.
+    name: what the model is called in tables and plots.
+    answers: whether each answer is right, and the confidence it states.
     groups: [n] hashable prompt ids (answers to one prompt share one), or None when every answer stands alone.
     statuses: how many answers had each parse status; {} when confidences were given as numbers by the caller.
     n_conflicting: answers that state several confidences which differ. n_guessed: answers whose scale was guessed.
@@ -47,8 +47,7 @@ class Arm:
     """
 
     name: str
-    correct: np.ndarray
-    confidence: np.ndarray
+    answers: Answers
     groups: np.ndarray | None = None
     statuses: Mapping[str, int] = field(default_factory=dict)
     n_conflicting: int = 0
@@ -57,25 +56,21 @@ class Arm:
     unread: tuple[Unread, ...] = ()
 
     def __post_init__(self) -> None:
-        correct = np.asarray(self.correct, dtype=np.float64)
-        confidence = np.asarray(self.confidence, dtype=np.float64)
-        if correct.ndim != 1 or correct.shape != confidence.shape:
-            raise ValueError(
-                f"arm {self.name!r}: correct and confidence must be 1-D and of one length, "
-                f"got {correct.shape} and {confidence.shape}"
-            )
-        if not np.all((correct >= 0) & (correct <= 1)):
-            raise ValueError(f"arm {self.name!r}: correct must lie in [0, 1]")
-        known = confidence[~np.isnan(confidence)]
-        if not np.all((known >= 0) & (known <= 1)):
-            raise ValueError(f"arm {self.name!r}: confidence must lie in [0, 1] or be NaN (not readable)")
-        object.__setattr__(self, "correct", correct)
-        object.__setattr__(self, "confidence", confidence)
         if self.groups is not None:
             groups = np.fromiter(self.groups, dtype=object)  # a text dtype would cut trailing NULs
-            if groups.shape != correct.shape:
-                raise ValueError(f"arm {self.name!r}: groups must have one entry per answer, got {groups.shape}")
+            if groups.shape != (len(self.answers),):
+                raise ValueError(f"model {self.name!r}: groups must have one entry per answer, got {groups.shape}")
             object.__setattr__(self, "groups", groups)
+
+    @property
+    def correct(self) -> FloatArray:
+        """[n] in [0, 1], 1 = right."""
+        return self.answers.correct
+
+    @property
+    def confidence(self) -> FloatArray:
+        """[n] in [0, 1], NaN = the answer states no confidence that can be read."""
+        return self.answers.confidence
 
 
 @dataclass(frozen=True)
@@ -86,12 +81,12 @@ class Fields:
     confidence: str = "confidence"
     correct: str = "correct"
     prompt_id: tuple[str, ...] = ("prompt_id", "id")
-    arm: tuple[str, ...] = ("arm", "model")
+    model: tuple[str, ...] = ("arm", "model")
 
 
 @dataclass
 class _Rows:
-    """One arm while it is being read."""
+    """The answers of one model while they are being read."""
 
     correct: list[float] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
@@ -173,11 +168,13 @@ def _add(record: Mapping[str, Any], rows: _Rows, fields: Fields, lenient: bool, 
         rows.unread.append(Unread(where, status, text))
 
 
-def read_lines(lines: Iterable[bytes], source: str, fields: Fields, *, lenient: bool = False) -> dict[str | None, Arm]:
-    """Read JSON lines (bytes, UTF-8) into one `Arm` per arm label; the key None holds the lines without a label.
+def read_lines(
+    lines: Iterable[bytes], source: str, fields: Fields, *, lenient: bool = False
+) -> dict[str | None, ModelAnswers]:
+    """Read JSON lines (bytes, UTF-8) into one `ModelAnswers` per model; the key None holds lines that name no model.
 
     Blank lines are passed over. Every other line must be usable: AnswerFileError names the first five that are not,
-    as `source:line: what it got; what it takes`. Either all lines of an arm carry a prompt id or none does.
+    as `source:line: what it got; what it takes`. Either all lines of a model carry a prompt id or none does.
     """
     found: dict[str | None, _Rows] = {}
     errors: list[str] = []
@@ -190,8 +187,8 @@ def read_lines(lines: Iterable[bytes], source: str, fields: Fields, *, lenient: 
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError(f"the line is {_shown(record)}; takes a JSON object")
-            arm = _label(record, fields.arm)
-            _add(record, found.setdefault(arm, _Rows()), fields, lenient, f"{source}:{number}")
+            model = _label(record, fields.model)
+            _add(record, found.setdefault(model, _Rows()), fields, lenient, f"{source}:{number}")
         except RecursionError:
             n_errors, message = n_errors + 1, "not valid JSON: nested too deeply"
         except UnicodeDecodeError as error:
@@ -212,21 +209,20 @@ def read_lines(lines: Iterable[bytes], source: str, fields: Fields, *, lenient: 
         raise AnswerFileError(f"{source}: holds no answers")
     if None in found and len(found) > 1:
         others = ", ".join(_shown(name) for name in found if name is not None)
-        raise AnswerFileError(f"{source}: some lines name an arm ({others}) and {len(found[None].correct)} do not")
-    return {name: _arm(name, rows, source) for name, rows in found.items()}
+        raise AnswerFileError(f"{source}: some lines name a model ({others}) and {len(found[None].correct)} do not")
+    return {name: _model(name, rows, source) for name, rows in found.items()}
 
 
-def _arm(name: str | None, rows: _Rows, source: str) -> Arm:
+def _model(name: str | None, rows: _Rows, source: str) -> ModelAnswers:
     without = sum(group is None for group in rows.groups)
     if 0 < without < len(rows.groups):
         raise AnswerFileError(
             f"{source}: {without} of {len(rows.groups)} lines have no prompt id; "
             "give every line one (answers to the same prompt share it) or none"
         )
-    return Arm(
+    return ModelAnswers(
         name=name or Path(source).stem,
-        correct=np.array(rows.correct),
-        confidence=np.array(rows.confidence),
+        answers=Answers(rows.correct, rows.confidence),
         groups=None if without else np.array(rows.groups, dtype=object),
         statuses=dict(rows.statuses),
         n_conflicting=rows.n_conflicting,
@@ -248,11 +244,11 @@ def _distinct_names(paths: Sequence[str]) -> list[str]:
 
 def read_answers(
     paths: Sequence[str], fields: Fields | None = None, *, lenient: bool = False, stdin: BinaryIO | None = None
-) -> list[Arm]:
-    """Read JSONL files, one answer a line, into arms in the order of their first line.
+) -> list[ModelAnswers]:
+    """Read JSONL files, one answer a line, into the answers of each model, in the order of their first line.
 
-    One file: an arm per value of the arm field, or one arm named after the file. Several files: an arm per file, named
-    after the file; a file that holds several arms gives `file/arm` each. `-` reads `stdin`.
+    One file: a model per value of the model field, or one model named after the file. Several files: a model per file,
+    named after the file; a file that holds several models gives `file/model` each. `-` reads `stdin`.
 
     Raises AnswerFileError for a line that cannot be used, ValueError for a file given twice, OSError for a file that
     cannot be opened.
@@ -262,7 +258,7 @@ def read_answers(
         raise ValueError("no answer files given")
     if len(set(map(str, paths))) != len(paths):
         raise ValueError(f"a file is given twice: {', '.join(map(str, paths))}")
-    arms: list[Arm] = []
+    models: list[ModelAnswers] = []
     for path, file_name in zip(paths, _distinct_names(list(map(str, paths))), strict=True):
         if str(path) == "-":
             if stdin is None:
@@ -272,12 +268,12 @@ def read_answers(
         else:
             with open(path, "rb") as file:
                 found = read_lines(file, str(path), fields, lenient=lenient)
-        for label, arm in found.items():
+        for label, model in found.items():
             if len(found) > 1 and len(paths) > 1:
                 name = f"{file_name}/{label}"
             elif len(paths) > 1 or label is None:
                 name = file_name
             else:
                 name = label
-            arms.append(Arm(**{**arm.__dict__, "name": name}))
-    return arms
+            models.append(replace(model, name=name))
+    return models

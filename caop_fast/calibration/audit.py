@@ -1,16 +1,17 @@
-"""The calibration audit: arms of answers in; metrics, intervals, noise floor, baselines and a verdict in words out."""
+"""The calibration audit: graded answers in; metrics, intervals, noise floor, baselines and a verdict out."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence, Set
 from typing import Any
 
 import numpy as np
 
-from caop_fast.calibration.answers import Arm
-from caop_fast.calibration.intervals import bootstrap_intervals, ece_floor, paired_bootstrap
-from caop_fast.calibration.metrics import calibration_metrics, constant_baseline
+from caop_fast.calibration.answers import ModelAnswers
+from caop_fast.calibration.counts import Answers, Binning
+from caop_fast.calibration.intervals import Resampling, differences_of, ece_floor_of, intervals_of
+from caop_fast.calibration.metrics import constant_baseline_of, metrics_of
 from caop_fast.calibration.verdict import verdict
 
 INTERVAL_METRICS = ("accuracy", "mean_confidence", "overconfidence_gap", "ece", "ece_upper", "brier", "spr", "auroc")
@@ -18,7 +19,7 @@ DIFFERENCE_METRICS = ("accuracy", "overconfidence_gap", "ece", "ece_upper", "bri
 
 
 def audit(
-    arms: Sequence[Arm],
+    models: Sequence[ModelAnswers],
     *,
     baseline: str | None = None,
     n_bins: int = 10,
@@ -27,9 +28,9 @@ def audit(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Judge every arm and compare each with the baseline (the first arm, unless `baseline` names another).
+    """Judge every model and compare each with the baseline (the first model, unless `baseline` names another).
 
-    Returns a dictionary that `json.dumps` takes, with one entry per arm under "arms":
+    Returns a dictionary that `json.dumps` takes, with one entry per model under "models":
     "metrics" (the keys of `calibration_metrics`, and "auroc_lower": AUROC with every unread answer ranked as badly as
     it can be), "intervals" (percentile bootstrap at `level`, resampling prompts where there are prompt ids),
     "max_design_effect" (1 where no prompt has two read answers), "ece_floor" (what a perfectly calibrated model with
@@ -37,91 +38,94 @@ def audit(
     "constant_baseline" (the metrics of always stating the base rate), "difference" (paired by prompt against the
     baseline), "verdict".
 
-    Raises ValueError for no arms, two arms of one name or an unknown baseline.
+    Raises ValueError for no models, two models of one name or an unknown baseline.
     """
-    names = [arm.name for arm in arms]
+    names = [model.name for model in models]
     if not names:
-        raise ValueError("arms must hold at least one arm, got none")
+        raise ValueError("models must hold at least one model, got none")
     if len(set(names)) != len(names):
-        raise ValueError(f"arm names must be distinct, got {names}")
+        raise ValueError(f"model names must be distinct, got {names}")
     if baseline is not None and baseline not in names:
-        raise ValueError(f"baseline {baseline!r} is not one of the arms: {', '.join(names)}")
-    reference = arms[names.index(baseline)] if baseline is not None else arms[0]
-    bins = {"n_bins": n_bins, "edges": edges}
-    resampling = {"n_resamples": n_resamples, "level": level, "seed": seed}
+        raise ValueError(f"baseline {baseline!r} is not one of the models: {', '.join(names)}")
+    reference = models[names.index(baseline)] if baseline is not None else models[0]
+    binning, resampling = Binning(n_bins, edges), Resampling(n_resamples, level, seed)
     entries = []
-    for arm in arms:
-        metrics = calibration_metrics(arm.correct, arm.confidence, **bins)
-        metrics["auroc_lower"] = _auroc_lower(arm)
+    for model in models:
+        answers = model.answers
+        metrics = metrics_of(answers, binning)
+        metrics["auroc_lower"] = _auroc_lower(answers) if metrics["n_unparsed"] else metrics["auroc"]
         entry: dict[str, Any] = {
-            "name": arm.name,
+            "name": model.name,
             "metrics": metrics,
-            "intervals": bootstrap_intervals(
-                arm.correct, arm.confidence, groups=arm.groups, metrics=INTERVAL_METRICS, **bins, **resampling
-            ),
-            "n_prompts": None if arm.groups is None else len(set(arm.groups)),
-            "max_design_effect": _max_design_effect(arm),
-            "statuses": dict(arm.statuses),
-            "n_conflicting": arm.n_conflicting,
-            "n_guessed_scale": arm.n_guessed,
-            "n_bare_percent": arm.n_bare_percent,
-            "unread": [{"where": u.where, "status": u.status, "text": u.text} for u in arm.unread],
-            "ece_floor": ece_floor(arm.confidence, n_draws=n_resamples, level=level, seed=seed, **bins),
-            "constant_baseline": constant_baseline(arm.correct, **bins),
-            "difference": None if arm is reference else _difference(arm, reference, bins, resampling),
+            "intervals": intervals_of(answers, model.groups, INTERVAL_METRICS, resampling, binning),
+            "n_prompts": None if model.groups is None else len(set(model.groups)),
+            "max_design_effect": _max_design_effect(model),
+            "statuses": dict(model.statuses),
+            "n_conflicting": model.n_conflicting,
+            "n_guessed_scale": model.n_guessed,
+            "n_bare_percent": model.n_bare_percent,
+            "unread": [{"where": u.where, "status": u.status, "text": u.text} for u in model.unread],
+            "ece_floor": ece_floor_of(answers, resampling, binning),
+            "constant_baseline": constant_baseline_of(answers, binning),
+            "difference": None if model is reference else _difference(model, reference, resampling, binning),
         }
         entry["verdict"] = verdict(entry, level=level)
         entries.append(entry)
     return {
-        "baseline": reference.name if len(arms) > 1 else None,
-        **bins,
-        **resampling,
-        "arms": entries,
+        "baseline": reference.name if len(models) > 1 else None,
+        **binning._asdict(),
+        **resampling._asdict(),
+        "models": entries,
     }
 
 
-def _auroc_lower(arm: Arm) -> float | None:
+def _auroc_lower(answers: Answers) -> float | None:
     """AUROC when every unread answer is ranked as badly as it can be: below all others if right, above all if wrong."""
-    ranks = np.unique(arm.confidence[~np.isnan(arm.confidence)], return_inverse=True)[1]
-    confidence = np.where(arm.correct == 1, 0.0, 1.0)
+    ranks = np.unique(answers.confidence[~answers.unparsed], return_inverse=True)[1]
+    confidence = np.where(answers.correct == 1, 0.0, 1.0)
     # ranks instead of values leave room at both ends, without rounding two values into one
-    confidence[~np.isnan(arm.confidence)] = (ranks + 1) / (len(ranks) + 1)
-    return calibration_metrics(arm.correct, confidence)["auroc"]
+    confidence[~answers.unparsed] = (ranks + 1) / (len(ranks) + 1)
+    return metrics_of(Answers(answers.correct, confidence))["auroc"]
 
 
-def _max_design_effect(arm: Arm) -> float:
+def _max_design_effect(model: ModelAnswers) -> float:
     """How many times the variance of a mean over the read answers is that of independent ones if the answers to a
     prompt agree completely: sum m^2 / sum m over prompts with m read answers (Kish 1965, at intraclass correlation 1).
     """
-    read = ~np.isnan(arm.confidence)
-    if arm.groups is None or not read.any():
+    read = ~model.answers.unparsed
+    if model.groups is None or not read.any():
         return 1.0
-    sizes = np.array(list(Counter(arm.groups[read]).values()), dtype=np.float64)
+    sizes = np.array(list(Counter(model.groups[read]).values()), dtype=np.float64)
     return float((sizes**2).sum() / sizes.sum())
 
 
-def _difference(arm: Arm, reference: Arm, bins: dict[str, Any], resampling: dict[str, Any]) -> dict[str, Any]:
-    """arm - reference for each metric, paired by prompt: over the prompts that both answered."""
+def _difference(
+    model: ModelAnswers, reference: ModelAnswers, resampling: Resampling, binning: Binning
+) -> dict[str, Any]:
+    """model - reference for each metric, paired by prompt: over the prompts that both answered."""
     nothing = {"n_prompts": 0, "n_prompts_left_out": 0, "metrics": None}
-    if arm.groups is None or reference.groups is None:
+    if model.groups is None or reference.groups is None:
         return {**nothing, "reason": "the answers have no prompt ids to match them by"}
-    shared = set(arm.groups) & set(reference.groups)
-    union = set(arm.groups) | set(reference.groups)
+    shared = set(model.groups) & set(reference.groups)
+    union = set(model.groups) | set(reference.groups)
     if not shared:
         return {**nothing, "reason": f"it shares no prompt with {reference.name}"}
-    a, b = (np.array([group in shared for group in side.groups]) for side in (arm, reference))
-    differences = paired_bootstrap(
-        (reference.correct[b], reference.confidence[b]),
-        (arm.correct[a], arm.confidence[a]),
-        groups=reference.groups[b],
-        groups_b=arm.groups[a],
-        metrics=DIFFERENCE_METRICS,
-        **bins,
-        **resampling,
+    (a, groups_a), (b, groups_b) = (
+        _to(shared, answers, groups)
+        for answers, groups in ((reference.answers, reference.groups), (model.answers, model.groups))
     )
+    differences = differences_of(a, b, groups_a, groups_b, DIFFERENCE_METRICS, resampling, binning)
     return {
         "n_prompts": len(shared),
         "n_prompts_left_out": len(union) - len(shared),
         "metrics": {name: value._asdict() for name, value in differences.items()},
         "reason": None,
     }
+
+
+def _to(prompts: Set[Hashable], answers: Answers, groups: np.ndarray) -> tuple[Answers, np.ndarray]:
+    """The answers to these prompts with their prompt ids."""
+    keep = np.array([group in prompts for group in groups])
+    if keep.all():
+        return answers, groups
+    return Answers(answers.correct[keep], answers.confidence[keep]), groups[keep]

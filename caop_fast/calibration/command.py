@@ -23,9 +23,9 @@ and one of
                <confidence>0.85</confidence> or {"confidence": 0.85} is read from it
   confidence   a number in [0, 1] you read yourself, or null where there was none (used if both are there)
 and may hold
-  prompt_id    (or id) which question it answers: intervals then resample questions, and arms are compared question
+  prompt_id    (or id) which question it answers: intervals then resample questions, and models are compared question
                by question
-  arm          (or model) which model answered: one row each, compared with the first one
+  model        (or arm) which model answered: one row each, compared with the first one
 """
 
 EPILOG = """\
@@ -100,14 +100,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     fields.add_argument("--correct-field", default="correct", metavar="NAME", help="right or wrong (default: correct)")
     fields.add_argument("--id-field", metavar="NAME", help="the question (default: prompt_id, else id)")
-    fields.add_argument("--arm-field", metavar="NAME", help="the model (default: arm, else model)")
+    fields.add_argument("--model-field", metavar="NAME", help="the model (default: arm, else model)")
     fields.add_argument(
         "--lenient",
         action="store_true",
         help="read a bare 85 as 85%%; such guesses are counted and shown; bare numbers up to 10 stay unread",
     )
     how = parser.add_argument_group("how to judge")
-    how.add_argument("--baseline", metavar="ARM", help="compare the others with this arm (default: the first)")
+    how.add_argument("--baseline", metavar="MODEL", help="compare the others with this model (default: the first)")
     how.add_argument("--bins", type=_at_least(1), default=10, metavar="N", help="bins of the ECE (default: 10)")
     how.add_argument(
         "--edges",
@@ -129,7 +129,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     limits.add_argument("--max-ece", type=_share, metavar="X", help="exit with 1 if ECE (upper) is above X")
     limits.add_argument("--min-auroc", type=_share, metavar="X", help="exit with 1 if AUROC is below X")
     limits.add_argument(
-        "--gate", action="append", default=[], metavar="ARM", help="hold only this arm to the limits (may be repeated)"
+        "--gate",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="hold only this model to the limits (may be repeated)",
     )
     parser.set_defaults(run=run)
     return parser
@@ -151,20 +155,21 @@ def run(args: argparse.Namespace) -> int:
         confidence=args.confidence_field,
         correct=args.correct_field,
         **({} if args.id_field is None else {"prompt_id": (args.id_field,)}),
-        **({} if args.arm_field is None else {"arm": (args.arm_field,)}),
+        **({} if args.model_field is None else {"model": (args.model_field,)}),
     )
     try:
         absent = _absent_field(args)
         if absent:
             return _refuse(absent)
-        arms = read_answers(
+        models = read_answers(
             args.files, fields, lenient=args.lenient, stdin=sys.stdin.buffer if "-" in args.files else None
         )
-        missing = set(args.gate) - {arm.name for arm in arms}
+        missing = set(args.gate) - {model.name for model in models}
         if missing:
-            return _refuse(f"--gate {sorted(missing)[0]!r} is not an arm; there are: {', '.join(a.name for a in arms)}")
+            present = ", ".join(model.name for model in models)
+            return _refuse(f"--gate {sorted(missing)[0]!r} is not a model of the files; there are: {present}")
         report = audit(
-            arms,
+            models,
             baseline=args.baseline,
             n_bins=args.bins,
             edges=args.edges,
@@ -172,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
             level=args.level,
             seed=args.seed,
         )
-        written = write_report(report, arms, args.out) if args.out else []
+        written = write_report(report, models, args.out) if args.out else []
     except (ValueError, OSError) as error:
         return _refuse(str(error))
     if args.json:
@@ -181,9 +186,9 @@ def run(args: argparse.Namespace) -> int:
         _print(audit_table(report))
         for path in written:
             _print(f"wrote {path}")
-        if args.out and plots_unavailable():
-            _print(plots_unavailable())
-    failures = gate(report, max_ece=args.max_ece, min_auroc=args.min_auroc, arms=args.gate)
+        if args.out and (reason := plots_unavailable()):
+            _print(reason)
+    failures = gate(report, max_ece=args.max_ece, min_auroc=args.min_auroc, models=args.gate)
     for failure in failures:
         _print(f"caop-fast audit: limit broken: {failure}", error=True)
     return GATE_FAILED if failures else PASSED
@@ -195,7 +200,7 @@ def _absent_field(args: argparse.Namespace) -> str | None:
         "--response-field": args.response_field if args.response_field != "response" else None,
         "--confidence-field": args.confidence_field if args.confidence_field != "confidence" else None,
         "--id-field": args.id_field,
-        "--arm-field": args.arm_field,
+        "--model-field": args.model_field,
     }
     for path in args.files:
         if path == "-" or not any(named.values()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,6 +50,22 @@ def _vector(name: str, values: ArrayLike) -> FloatArray:
 
 def _is_number(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, np.bool_, np.number))
+
+
+class Binning(NamedTuple):
+    """The equal-width bins of a metric: how many, and where their edges lie (see `bin_edges`)."""
+
+    n_bins: int = 10
+    edges: str = "official"
+
+
+DEFAULT_BINNING = Binning()
+
+
+def check_level(level: float) -> None:
+    """Raise unless `level` is a number strictly between 0 and 1."""
+    if not isinstance(level, (float, int, np.floating)) or not 0 < level < 1:
+        raise ValueError(f"level must lie strictly between 0 and 1, got {level!r}")
 
 
 def check_bins(n_bins: int, edges: str) -> None:
@@ -144,13 +161,10 @@ class Answers:
     Args:
         correct: [n] in [0, 1].
         confidence: [n] in [0, 1], NaN where unparsed.
-        n_bins, edges: see `bin_edges`.
     """
 
-    def __init__(self, correct: ArrayLike, confidence: ArrayLike, *, n_bins: int = 10, edges: str = "official") -> None:
-        check_bins(n_bins, edges)
+    def __init__(self, correct: ArrayLike, confidence: ArrayLike) -> None:
         self.correct, self.confidence = check_answers(correct, confidence)
-        self.n_bins, self.edges = int(n_bins), edges
         self.unparsed = np.isnan(self.confidence)
         parsed = np.flatnonzero(~self.unparsed)
         self._order = parsed[np.argsort(self.confidence[parsed], kind="stable")]
@@ -160,8 +174,9 @@ class Answers:
     def __len__(self) -> int:
         return len(self.correct)
 
-    def counts(self, weights: FloatArray | None = None) -> Counts:
+    def counts(self, weights: FloatArray | None = None, *, binning: Binning = DEFAULT_BINNING) -> Counts:
         """Counts with `weights` [R, n], the times each answer occurs in each resample; None: every answer once."""
+        check_bins(*binning)
         if weights is None:
             weights = np.ones((1, len(self)))
         w = weights[:, self._order]
@@ -178,8 +193,8 @@ class Answers:
             n_unparsed=weights[:, self.unparsed].sum(axis=1),
             y_unparsed=weights[:, self.unparsed] @ self.correct[self.unparsed],
             binary=self.binary,
-            n_bins=self.n_bins,
-            edges=self.edges,
+            n_bins=int(binning.n_bins),
+            edges=binning.edges,
         )
 
     def _sum(self, x: FloatArray) -> FloatArray:

@@ -1,27 +1,34 @@
-"""Bootstrap intervals clustered by prompt, paired differences between two arms, and the noise floor of ECE.
+"""Bootstrap intervals clustered by prompt, paired differences between two models, and the noise floor of ECE.
 
 Answers to one prompt are not independent, so prompts are drawn with replacement and each brings all its answers
-(cluster bootstrap). Two arms are compared on the same draws of prompts, which cancels what the prompts have in common.
-Intervals are the percentiles of the resampled metric.
+(cluster bootstrap). Two models are compared on the same draws of prompts, which cancels what the prompts have in
+common. Intervals are the percentiles of the resampled metric.
+
+Each public function takes arrays; beside it stands the form that takes `Answers`, sorted once for a whole report.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from caop_fast.calibration.counts import (
+    DEFAULT_BINNING,
     Answers,
+    Binning,
     FloatArray,
     IntArray,
     as_sequence,
     bin_index,
+    check_level,
     cluster_index,
 )
-from caop_fast.calibration.metrics import METRICS, check_level
+from caop_fast.calibration.formulas import METRICS
 
 Groups = Sequence[Hashable] | NDArray[Any] | None
 Answered = tuple[ArrayLike, ArrayLike]
@@ -29,8 +36,16 @@ Answered = tuple[ArrayLike, ArrayLike]
 _CHUNK = 1 << 20  # numbers per temporary array: a few MB, which stays near the cache
 
 
+class Resampling(NamedTuple):
+    """How a bootstrap is drawn: how many resamples, the coverage its intervals aim at, the seed."""
+
+    n_resamples: int = 1000
+    level: float = 0.95
+    seed: int | np.random.Generator = 0
+
+
 class Difference(NamedTuple):
-    """A metric in two arms: `difference` = b - a with its interval [low, high]; None where undefined."""
+    """A metric in two models: `difference` = b - a with its interval [low, high]; None where undefined."""
 
     a: float | None
     b: float | None
@@ -59,7 +74,7 @@ def bootstrap_intervals(
     Args:
         correct, confidence, n_bins, edges: as in `calibration_metrics`.
         groups: [n] prompt ids; None takes every answer as a prompt of its own.
-        metrics: keys of `metrics.METRICS`.
+        metrics: keys of `formulas.METRICS`.
         n_resamples: bootstrap draws, at least 1.
         level: coverage aimed at, in (0, 1).
         seed: of a numpy Generator, or a Generator; the same seed gives the same intervals.
@@ -68,12 +83,23 @@ def bootstrap_intervals(
         None for a metric that is undefined on most resamples, and where nothing is known of the spread: for all with
         fewer than two prompts, and for all but accuracy_all when only one prompt has an answer that was read.
     """
-    names = _check(metrics, n_resamples, level)
-    answers = Answers(correct, confidence, n_bins=n_bins, edges=edges)
+    resampling = Resampling(n_resamples, level, seed)
+    return intervals_of(Answers(correct, confidence), groups, metrics, resampling, Binning(n_bins, edges))
+
+
+def intervals_of(
+    answers: Answers,
+    groups: Groups,
+    metrics: Sequence[str],
+    resampling: Resampling,
+    binning: Binning = DEFAULT_BINNING,
+) -> dict[str, tuple[float, float] | None]:
+    """`bootstrap_intervals` of answers that are sorted already."""
+    names = _check(metrics, resampling)
     cluster, ids = cluster_index(groups, len(answers))
-    drawn = resample_metrics([(answers, cluster)], len(ids), names, n_resamples, seed)
+    (drawn,) = resample_metrics([(answers, cluster)], len(ids), names, resampling, binning)
     known = _spread_known(names, answers, cluster)
-    return {name: percentiles(drawn[0][name], level) if name in known else None for name in names}
+    return {name: percentiles(drawn[name], resampling.level) if name in known else None for name in names}
 
 
 def paired_bootstrap(
@@ -89,45 +115,63 @@ def paired_bootstrap(
     n_bins: int = 10,
     edges: str = "official",
 ) -> dict[str, Difference]:
-    """The difference b - a of each metric between two arms on the same prompts, with percentile intervals.
+    """The difference b - a of each metric between two models on the same prompts, with percentile intervals.
 
     Args:
-        a, b: (correct, confidence) of each arm, e.g. before and after training.
-        groups: prompt ids of the answers of `a`, and of `b` as well unless `groups_b` is given (then the arms may hold
-            different numbers of answers per prompt, in any order). None pairs the answers by position.
+        a, b: (correct, confidence) of each model, e.g. before and after training.
+        groups: prompt ids of the answers of `a`, and of `b` as well unless `groups_b` is given (then the models may
+            have different numbers of answers per prompt, in any order). None pairs the answers by position.
         metrics, n_resamples, level, seed, n_bins, edges: as in `bootstrap_intervals`.
 
     Raises:
-        ValueError: the arms do not hold the same prompts; the message says how many have no partner.
+        ValueError: the models did not answer the same prompts; the message says how many have no partner.
     """
-    names = _check(metrics, n_resamples, level)
+    answers_a, answers_b = Answers(*_pair("a", a)), Answers(*_pair("b", b))
+    resampling, binning = Resampling(n_resamples, level, seed), Binning(n_bins, edges)
+    return differences_of(answers_a, answers_b, groups, groups_b, metrics, resampling, binning)
+
+
+def differences_of(
+    a: Answers,
+    b: Answers,
+    groups: Groups,
+    groups_b: Groups,
+    metrics: Sequence[str],
+    resampling: Resampling,
+    binning: Binning = DEFAULT_BINNING,
+) -> dict[str, Difference]:
+    """`paired_bootstrap` of answers that are sorted already."""
+    names = _check(metrics, resampling)
     if groups is None and groups_b is not None:
-        raise ValueError("groups_b needs groups: without the prompt ids of the first arm there is nothing to pair")
-    arms = [Answers(*_pair("a", a), n_bins=n_bins, edges=edges), Answers(*_pair("b", b), n_bins=n_bins, edges=edges)]
-    if groups_b is None and len(arms[0]) != len(arms[1]):
-        raise ValueError(
-            f"arms of {len(arms[0])} and {len(arms[1])} answers need groups and groups_b: the prompt ids of each"
-        )
-    cluster_a, ids = cluster_index(groups, len(arms[0]))
-    cluster_b, ids_b = cluster_index(groups if groups_b is None else groups_b, len(arms[1]), name="groups_b")
+        raise ValueError("groups_b needs groups: without the prompt ids of the first model there is nothing to pair")
+    if groups_b is None and len(a) != len(b):
+        raise ValueError(f"models of {len(a)} and {len(b)} answers need groups and groups_b: the prompt ids of each")
+    cluster_a, ids = cluster_index(groups, len(a))
+    cluster_b, ids_b = cluster_index(groups if groups_b is None else groups_b, len(b), name="groups_b")
     unpaired = set(ids) ^ set(ids_b)
     if unpaired:
-        raise ValueError(f"both arms must answer the same prompts, got {len(unpaired)} prompts that only one arm holds")
+        raise ValueError(
+            f"both models must answer the same prompts, got {len(unpaired)} prompts that only one of them answered"
+        )
     number = {i: k for k, i in enumerate(ids)}
     to_common = np.asarray([number[i] for i in ids_b], dtype=np.int64)
-    clusters = [cluster_a, to_common[cluster_b]]
-    drawn = resample_metrics(list(zip(arms, clusters, strict=True)), len(ids), names, n_resamples, seed)
-    points = [arm.counts() for arm in arms]
-    known = set.intersection(*(_spread_known(names, *arm) for arm in zip(arms, clusters, strict=True)))
+    pair = [(a, cluster_a), (b, to_common[cluster_b])]
+    drawn_a, drawn_b = resample_metrics(pair, len(ids), names, resampling, binning)
+    known = set.intersection(*(_spread_known(names, *one) for one in pair))
+    counts_a, counts_b = a.counts(binning=binning), b.counts(binning=binning)
     result = {}
     for name in names:
-        at = [float(METRICS[name](counts)[0]) for counts in points]
-        values = [None if np.isnan(v) else v for v in at]
-        difference = None if None in values else at[1] - at[0]
-        defined = difference is not None and name in known
-        interval = percentiles(drawn[1][name] - drawn[0][name], level) if defined else None
-        result[name] = Difference(*values, difference, *(interval or (None, None)))
+        at_a, at_b = (float(METRICS[name](counts)[0]) for counts in (counts_a, counts_b))
+        difference, interval = at_b - at_a, None
+        if name in known and not math.isnan(difference):
+            interval = percentiles(drawn_b[name] - drawn_a[name], resampling.level)
+        low, high = interval or (None, None)
+        result[name] = Difference(_defined(at_a), _defined(at_b), _defined(difference), low, high)
     return result
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def ece_floor(
@@ -147,14 +191,23 @@ def ece_floor(
         ``{"mean": expected ECE, "upper": its quantile at `level`}``: an ECE above ``upper`` is more than noise.
         None without any confidence.
     """
+    answers = Answers(np.zeros(np.shape(confidence)), confidence)
+    return ece_floor_of(answers, Resampling(n_draws, level, seed), Binning(n_bins, edges))
+
+
+def ece_floor_of(
+    answers: Answers, resampling: Resampling, binning: Binning = DEFAULT_BINNING
+) -> dict[str, float] | None:
+    """`ece_floor` of the confidences of answers that are sorted already; their labels are not used."""
+    n_draws, level, seed = resampling
     check_level(level)
     _check_count("n_draws", n_draws)
-    counts = Answers(np.zeros(np.shape(confidence)), confidence, n_bins=n_bins, edges=edges).counts()
+    counts = answers.counts(binning=binning)
     if not len(counts.values):
         return None
     rng = np.random.default_rng(seed)
     n = counts.n[0].astype(np.int64)
-    _, starts = np.unique(bin_index(counts.values, n_bins, edges), return_index=True)
+    _, starts = np.unique(bin_index(counts.values, *binning), return_index=True)
     eces = []
     for draws in _chunks(n_draws, len(n)):
         error = rng.binomial(n, counts.values, size=(draws, len(n))) - n * counts.values
@@ -164,32 +217,34 @@ def ece_floor(
 
 
 def resample_metrics(
-    arms: Sequence[tuple[Answers, IntArray]],
+    models: Sequence[tuple[Answers, IntArray]],
     n_clusters: int,
     names: Sequence[str],
-    n_resamples: int,
-    seed: int | np.random.Generator,
+    resampling: Resampling,
+    binning: Binning = DEFAULT_BINNING,
 ) -> list[dict[str, FloatArray]]:
-    """Bootstrap values of several arms on the same draws of clusters, for statistics that join arms.
+    """Bootstrap values of several models on the same draws of clusters, for statistics that join models.
 
     Args:
-        arms: the answers of each arm, with the cluster number in [0, n_clusters) of each answer.
+        models: the answers of each model, with the cluster number in [0, n_clusters) of each answer.
         n_clusters: clusters drawn, with replacement, in every resample.
-        names: keys of `metrics.METRICS`.
+        names: keys of `formulas.METRICS`.
+        resampling: number of resamples and seed; its level is not used.
 
     Returns:
-        per arm ``{metric: [n_resamples] values}``, NaN where undefined on a resample.
+        per model ``{metric: [n_resamples] values}``, NaN where undefined on a resample.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(resampling.seed)
     metrics: dict[str, Callable[..., FloatArray]] = {name: METRICS[name] for name in names}
-    parts: list[dict[str, list[FloatArray]]] = [{name: [] for name in names} for _ in arms]
-    for resamples in _chunks(n_resamples, max([n_clusters, *(len(answers) for answers, _ in arms)])):
+    parts: list[dict[str, list[FloatArray]]] = [{name: [] for name in names} for _ in models]
+    width = max([n_clusters, *(len(answers) for answers, _ in models)])
+    for resamples in _chunks(resampling.n_resamples, width):
         picks = rng.integers(0, max(n_clusters, 1), (resamples, n_clusters))
         picks += np.arange(resamples)[:, None] * n_clusters
-        times = np.bincount(picks.ravel(), minlength=resamples * n_clusters).reshape(resamples, n_clusters)
-        times = times.astype(np.float64)
-        for part, (answers, cluster) in zip(parts, arms, strict=True):
-            counts = answers.counts(times[:, cluster])
+        times = np.bincount(picks.ravel(), minlength=resamples * n_clusters).astype(np.float64)
+        times = times.reshape(resamples, n_clusters)
+        for part, (answers, cluster) in zip(parts, models, strict=True):
+            counts = answers.counts(times[:, cluster], binning=binning)
             for name, metric in metrics.items():
                 part[name].append(metric(counts))
     return [{name: np.concatenate(values) for name, values in part.items()} for part in parts]
@@ -219,13 +274,25 @@ def percentiles(values: FloatArray, level: float) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def _check(metrics: Sequence[str], n_resamples: int, level: float) -> tuple[str, ...]:
+def wilson_interval(share: float, n: float, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a proportion `share` seen in n > 0 independent trials."""
+    check_level(level)
+    if not n > 0 or not 0 <= share <= 1:
+        raise ValueError(f"n must be positive and share in [0, 1], got n={n}, share={share}")
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    # at shares of 0 and 1 one end is 0 or 1 exactly, which rounding may miss
+    return (0.0 if share == 0 else float(centre - half)), (1.0 if share == 1 else float(centre + half))
+
+
+def _check(metrics: Sequence[str], resampling: Resampling) -> tuple[str, ...]:
     names = as_sequence(metrics)
     unknown = [name for name in names if name not in METRICS]
     if unknown:
         raise ValueError(f"metrics must be among {', '.join(METRICS)}, got {', '.join(map(repr, unknown))}")
-    _check_count("n_resamples", n_resamples)
-    check_level(level)
+    _check_count("n_resamples", resampling.n_resamples)
+    check_level(resampling.level)
     return names
 
 
@@ -234,7 +301,7 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
 
 
-def _pair(name: str, arm: Answered) -> Answered:
-    if not isinstance(arm, (tuple, list)) or len(arm) != 2:
-        raise TypeError(f"{name} must be a pair (correct, confidence), got {type(arm).__name__}")
-    return arm[0], arm[1]
+def _pair(name: str, answered: Answered) -> Answered:
+    if not isinstance(answered, (tuple, list)) or len(answered) != 2:
+        raise TypeError(f"{name} must be a pair (correct, confidence), got {type(answered).__name__}")
+    return answered[0], answered[1]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caop_fast.calibration import plots
-from caop_fast.calibration.answers import Arm
+from caop_fast.calibration.answers import ModelAnswers
 from caop_fast.calibration.files import write_atomic
 from caop_fast.calibration.table import COLUMNS, printable
 
@@ -142,20 +142,17 @@ def themed_image(draw: Callable[[str], Figure], *, alt: str, caption: str = "") 
 
 
 def reliability_gallery(
-    arms: Sequence[Arm], colors: Mapping[str, str], *, n_bins: int = 10, edges: str = "official"
+    models: Sequence[ModelAnswers], colors: Mapping[str, str], *, n_bins: int = 10, edges: str = "official"
 ) -> Html:
-    """A reliability diagram per arm, each a picture of its own: a narrow screen shows them one below the other."""
-    return gallery(
-        [
-            themed_image(
-                lambda theme, arm=arm: plots.reliability_diagram(
-                    [arm], n_bins=n_bins, edges=edges, theme=theme, colors=colors
-                ),
-                alt=f"Reliability diagram of {arm.name}: {plots.says_and_is_right(arm)}",
-            )
-            for arm in arms
-        ]
-    )
+    """A reliability diagram per model, each a picture of its own: a narrow screen shows them one below the other."""
+
+    def picture(model: ModelAnswers) -> Html:
+        def draw(theme: str) -> Figure:
+            return plots.reliability_diagram([model], n_bins=n_bins, edges=edges, theme=theme, colors=colors)
+
+        return themed_image(draw, alt=f"Reliability diagram of {model.name}: {plots.says_and_is_right(model)}")
+
+    return gallery([picture(model) for model in models])
 
 
 def stacked(*lines: str) -> Html:
@@ -184,7 +181,7 @@ def glossary(keys: Sequence[str]) -> Html:
 
 
 def render_page(*, title: str, lead: str | Sequence[str], sections: Sequence[Section], footer: str = "") -> str:
-    """The page as text. `lead` is the answer in a sentence or two (or one such paragraph per arm): it stands first."""
+    """The page as text. `lead` is the answer in a sentence or two (or a paragraph per model): it stands first."""
     leads = [lead] if isinstance(lead, str) else lead
     body = "".join(
         f"<section><h2>{escape(section.heading)}</h2>"

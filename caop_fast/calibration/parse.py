@@ -217,13 +217,19 @@ def _head(text: str, start: int, end: int) -> tuple[str, int, bool] | None:
         key = _KEY_END.match(text, end)
         if key and key[1] == text[start - 1]:
             return "json", key.end(), False
-    at = _GAP.match(text, end).end()
+    at = _skip(_GAP, text, end)
     if qualifier := _QUALIFIER.match(text, at):
-        at = _GAP.match(text, qualifier.end()).end()
+        at = _skip(_GAP, text, qualifier.end())
     if remark := _REMARK.match(text, at):
-        at = _GAP.match(text, remark.end()).end()
+        at = _skip(_GAP, text, remark.end())
     separator = _SEPARATOR.match(text, at)
     return ("label", separator.end(), bool(remark and _OTHER_SCALE.search(remark[0]))) if separator else None
+
+
+def _skip(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """Where `pattern` ends, if it matches at `at`."""
+    match = pattern.match(text, at)
+    return match.end() if match else at
 
 
 def _inside_word(text: str, start: int) -> bool:
@@ -239,17 +245,17 @@ def _inside_word(text: str, start: int) -> bool:
 
 def _read_value(text: str, at: int) -> _Reading:
     """The number that stands at `at`, behind blanks and markup."""
-    start = _OPEN.match(text, at).end()
+    start = _skip(_OPEN, text, at)
     if _LINE_BREAK.search(text, at, start):
         if bullet := _BULLET.match(text, start):
-            start = _OPEN.match(text, bullet.end()).end()
+            start = _skip(_OPEN, text, bullet.end())
         if _LIST_ITEM.match(text, start):
             return _Reading("no_number")
     bound = None
     if hedge := _HEDGE.match(text, start):
-        start = _OPEN.match(text, hedge.end()).end()
+        start = _skip(_OPEN, text, hedge.end())
     elif bound := _BOUND.match(text, start):
-        start = _OPEN.match(text, bound.end()).end()
+        start = _skip(_OPEN, text, bound.end())
     if found := _NOT_FINITE.match(text, start):
         return _Reading("not_finite", None, found.span())
     number = _NUMBER.match(text, start)
@@ -258,9 +264,10 @@ def _read_value(text: str, at: int) -> _Reading:
             return _Reading("malformed", None, (start, _number_end(text, loose.end())))
         return _Reading("no_number")
     reading = _read_number(text, number)
-    in_brackets = bound and bound[0].rstrip() == "<" and text[reading.span[1] : reading.span[1] + 1] == ">"
+    end = reading.span[1] if reading.span else number.end()
+    in_brackets = bound and bound[0].rstrip() == "<" and text[end : end + 1] == ">"
     if bound and not in_brackets and reading.status != "malformed":  # "> 0.9"; but "<0.9>" fills in a template
-        return _Reading("range", None, (bound.start(), reading.span[1]))
+        return _Reading("range", None, (bound.start(), end))
     return reading
 
 
@@ -296,7 +303,7 @@ def _read_number(text: str, number: re.Match[str]) -> _Reading:
     if _GLUED.match(text, end):
         return _malformed(text, start, end)
     if joined := _JOINED_NUMBER.match(text, end):
-        return _Reading("range", None, (start, _number_end(text, _SKIP_MARKUP.match(text, joined.end()).end())))
+        return _Reading("range", None, (start, _number_end(text, _skip(_SKIP_MARKUP, text, joined.end()))))
     if following := _NEXT_NUMBER.match(text, end):
         return _Reading("malformed", None, (start, _number_end(text, following.end() - 1)))
     if math.isnan(value):
@@ -321,6 +328,6 @@ def _number_end(text: str, at: int) -> int:
 
 def _malformed(text: str, start: int, end: int) -> _Reading:
     """The whole word around a number that is no number, up to the next statement."""
-    junk = _JUNK.match(text, end).end()
+    junk = _skip(_JUNK, text, end)
     following = _KEYWORD.search(text, end, junk)
     return _Reading("malformed", None, (start, following.start() if following else junk))

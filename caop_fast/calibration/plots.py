@@ -1,7 +1,7 @@
 """The pictures of a calibration report, drawn with matplotlib (extra `audit`) without a display and without pyplot.
 
-Every function returns a `matplotlib.figure.Figure`; `to_svg` and `to_png` turn it into bytes. An arm has one colour in
-every picture (`arm_colors`), from the colour-blind-safe palette of Okabe and Ito.
+Every function returns a `matplotlib.figure.Figure`; `to_svg` and `to_png` turn it into bytes. A model has one colour in
+every picture (`model_colors`), from the colour-blind-safe palette of Okabe and Ito.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from caop_fast.calibration.answers import Arm
-from caop_fast.calibration.metrics import calibration_metrics, reliability_bins, risk_coverage_curve
+from caop_fast.calibration.answers import ModelAnswers
+from caop_fast.calibration.counts import Binning
+from caop_fast.calibration.metrics import metrics_of, reliability_bins_of, risk_coverage_of
 from caop_fast.calibration.table import printable
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ THEMES = {
     "light": {"ink": "#1c2024", "soft": "#5b6570", "line": "#dde1e6", "back": "#ffffff", "gap": "#d62728"},
     "dark": {"ink": "#e6e8eb", "soft": "#a2abb5", "line": "#343a42", "back": "#15181c", "gap": "#ff5c5c"},
 }
-TITLE = {"loc": "left", "fontsize": 9.5, "weight": "bold"}
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": 9.5, "weight": "bold"}
 RARE = 0.01  # bins with a smaller share of the answers are drawn pale
 
 
@@ -51,8 +52,8 @@ def plots_unavailable() -> str | None:
     return None
 
 
-def arm_colors(names: Iterable[str]) -> dict[str, str]:
-    """A colour (#rrggbb) per arm: fixed for the known names, else the next free one in order of appearance."""
+def model_colors(names: Iterable[str]) -> dict[str, str]:
+    """A colour (#rrggbb) per model: fixed for the known names, else the next free one in order of appearance."""
     names = list(dict.fromkeys(names))
     taken = {KNOWN_COLORS[name] for name in names if name in KNOWN_COLORS}
     # palette colours before the reserved ones, so that "caop" keeps its blue whatever stands beside it
@@ -81,9 +82,9 @@ def to_png(figure: Figure, *, dpi: float = 160) -> bytes:
     return buffer.getvalue()
 
 
-def says_and_is_right(arm: Arm) -> str:
-    """The title of an arm's panel: "says 90 %, right 43 % of the time", over the answers whose confidence was read."""
-    metrics = calibration_metrics(arm.correct, arm.confidence)
+def says_and_is_right(model: ModelAnswers) -> str:
+    """The title of a model's panel: "says 90 %, right 43 % of the time", over the answers whose confidence was read."""
+    metrics = metrics_of(model.answers)
     if metrics["mean_confidence"] is None:
         return "states no readable confidence"
     return f"says {100 * metrics['mean_confidence']:.0f} %, right {100 * metrics['accuracy']:.0f} % of the time"
@@ -101,7 +102,7 @@ def _theme(name: str) -> Iterator[dict[str, str]]:
             "font.family": ["DejaVu Sans"],
             "font.size": 9,
             "text.color": theme["ink"],
-            "text.parse_math": False,  # an arm called "$x" is a name, not a formula
+            "text.parse_math": False,  # a model called "$x" is a name, not a formula
             "axes.labelcolor": theme["ink"],
             "axes.edgecolor": theme["soft"],
             "axes.facecolor": theme["back"],
@@ -124,7 +125,7 @@ def _percent_axis(axis: Any, *, step: float = 0.25) -> None:
 
 
 def reliability_diagram(
-    arms: Sequence[Arm],
+    models: Sequence[ModelAnswers],
     *,
     n_bins: int = 10,
     edges: str = "official",
@@ -133,47 +134,50 @@ def reliability_diagram(
     colors: Mapping[str, str] | None = None,
     names: bool = True,
 ) -> Figure:
-    """Small multiples, a panel per arm: accuracy against stated confidence, and under it how often each was stated.
+    """Small multiples, a panel per model: accuracy against stated confidence, and under it how often each was stated.
 
     Points lie at (mean confidence, accuracy) of a bin, with 95 % Wilson intervals; the shaded distance to the diagonal,
-    weighted by the bin's size and summed, is the ECE. `names=False` leaves the arm's name out.
+    weighted by the bin's size and summed, is the ECE. `names=False` leaves the model's name out.
 
-    Raises ValueError for no arms or columns < 1, ImportError without matplotlib.
+    Raises ValueError for no models or columns < 1, ImportError without matplotlib.
     """
-    if not arms or columns < 1:
-        raise ValueError(f"needs at least one arm and one column, got {len(arms)} arms and columns={columns}")
+    if not models or columns < 1:
+        raise ValueError(f"needs at least one model and one column, got {len(models)} models and columns={columns}")
     reason = plots_unavailable()
     if reason:
         raise ImportError(reason)
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    colors = colors or arm_colors(arm.name for arm in arms)
-    columns = min(columns, len(arms))
-    rows = math.ceil(len(arms) / columns)
+    colors = colors or model_colors(model.name for model in models)
+    columns = min(columns, len(models))
+    rows = math.ceil(len(models) / columns)
     with _theme(theme) as look:
-        figure = Figure(figsize=(3.1 * columns, 3.9 * rows), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-        cells = np.atleast_1d(figure.subfigures(rows, columns)).ravel()
-        for arm, cell in zip(arms, cells, strict=False):
+        layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+        figure = Figure(figsize=(3.1 * columns, 3.9 * rows), layout=layout)
+        cells = np.asarray(figure.subfigures(rows, columns, squeeze=False)).ravel()
+        for model, cell in zip(models, cells, strict=False):
             upper, lower = cell.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-            _reliability_panel(upper, lower, arm, colors[arm.name], look, n_bins, edges)
-            title = says_and_is_right(arm)
+            _reliability_panel(upper, lower, model, colors[model.name], look, Binning(n_bins, edges))
+            title = says_and_is_right(model)
             if names:
-                title = f"{printable(arm.name)}\n{title}"
+                title = f"{printable(model.name)}\n{title}"
             cell.suptitle(title, x=0.04, ha="left", fontsize=9.5, weight="bold")
-        if len(cells) > len(arms):
-            _how_to_read(cells[len(arms)], look)
+        if len(cells) > len(models):
+            _how_to_read(cells[len(models)], look)
     return figure
 
 
 def _reliability_panel(
-    upper: Axes, lower: Axes, arm: Arm, color: str, look: Mapping[str, str], n_bins: int, edges: str
+    upper: Axes, lower: Axes, model: ModelAnswers, color: str, look: Mapping[str, str], binning: Binning
 ) -> None:
-    metrics = calibration_metrics(arm.correct, arm.confidence, n_bins=n_bins, edges=edges)
-    bins = [b for b in reliability_bins(arm.correct, arm.confidence, n_bins=n_bins, edges=edges) if b.count]
+    metrics = metrics_of(model.answers, binning)
+    bins = [b for b in reliability_bins_of(model.answers, binning) if b.count]
     total = sum(b.count for b in bins)
     upper.plot([0, 1], [0, 1], color=look["soft"], lw=1, ls=(0, (4, 3)), zorder=1)
     for b in bins:
+        if b.mean_confidence is None or b.accuracy is None:
+            continue
         strength = 1.0 if b.count >= RARE * total else 0.3  # a handful of answers must not catch the eye
         width = b.upper - b.lower
         upper.bar(b.lower, b.accuracy, width, align="edge", color=color, alpha=0.3 * strength, edgecolor=look["back"])
@@ -187,7 +191,8 @@ def _reliability_panel(
             lw=5,
             solid_capstyle="butt",
         )
-        upper.plot(at, [b.wilson_lower, b.wilson_upper], color=color, alpha=strength, lw=1.4, zorder=4)
+        if b.wilson_lower is not None and b.wilson_upper is not None:
+            upper.plot(at, [b.wilson_lower, b.wilson_upper], color=color, alpha=strength, lw=1.4, zorder=4)
         upper.plot(
             b.mean_confidence, b.accuracy, "o", color=color, alpha=strength, ms=4.5, mec=look["back"], mew=0.6, zorder=5
         )
@@ -233,34 +238,35 @@ def history_plot(
     theme: str = "light",
     colors: Mapping[str, str] | None = None,
 ) -> Figure:
-    """How calibration moves during training, one line per arm.
+    """How calibration moves during training, one line per method.
 
-    `history` holds records {"arm", "step", "accuracy", "gap", ...}; gap = mean confidence - accuracy. Values that are
-    None leave a hole. panels: "gap" (gap against step) and "claim" (accuracy, solid, and mean confidence, dashed).
+    `history` holds records {"method", "step", "accuracy", "gap", ...}; gap = mean confidence - accuracy. Where a value
+    is None the line has a hole. panels: "gap" (gap against step) and "claim" (accuracy, solid, and mean confidence,
+    dashed).
 
-    Raises ValueError for an empty history, an unknown panel or a record without arm or step.
+    Raises ValueError for an empty history, an unknown panel or a record without method or step.
     """
     if not history:
         raise ValueError("history must hold at least one record, got none")
     if not panels or set(panels) - {"gap", "claim"}:
         raise ValueError(f"panels must be of 'gap' and 'claim', got {list(panels)}")
     for record in history:
-        if "arm" not in record or "step" not in record:
-            raise ValueError(f"a history record needs 'arm' and 'step', got {sorted(record)}")
+        if "method" not in record or "step" not in record:
+            raise ValueError(f"a history record needs 'method' and 'step', got {sorted(record)}")
     reason = plots_unavailable()
     if reason:
         raise ImportError(reason)
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    names = list(dict.fromkeys(record["arm"] for record in history))
-    colors = colors or arm_colors(names)
+    names = list(dict.fromkeys(record["method"] for record in history))
+    colors = colors or model_colors(names)
     with _theme(theme) as look:
         figure = Figure(figsize=(4.9 * len(panels), 3.8), layout="constrained")
         for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
             for i, name in enumerate(names):
                 step, accuracy, gap = _series(history, name)
-                marker = {"marker": MARKERS[i % len(MARKERS)], "ms": 4, "mec": look["back"], "mew": 0.5}
+                marker: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "ms": 4, "mec": look["back"], "mew": 0.5}
                 if panel == "gap":
                     axes.plot(step, gap, color=colors[name], lw=1.8, **marker)
                 else:
@@ -288,8 +294,8 @@ def history_plot(
 
 
 def _series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """step, accuracy and gap of one arm in order of step, NaN where a record holds None."""
-    records = sorted((r for r in history if r["arm"] == name), key=lambda r: r["step"])
+    """step, accuracy and gap of one method in order of step, NaN where a record holds None."""
+    records = sorted((r for r in history if r["method"] == name), key=lambda r: r["step"])
 
     def column(key: str) -> np.ndarray:
         return np.array([math.nan if r.get(key) is None else float(r[key]) for r in records])
@@ -297,34 +303,36 @@ def _series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray
     return column("step"), column("accuracy"), column("gap")
 
 
-def risk_coverage_plot(arms: Sequence[Arm], *, theme: str = "light", colors: Mapping[str, str] | None = None) -> Figure:
-    """Error rate among the most confident answers, against the share of answers that is kept, one line per arm.
+def risk_coverage_plot(
+    models: Sequence[ModelAnswers], *, theme: str = "light", colors: Mapping[str, str] | None = None
+) -> Figure:
+    """Error rate among the most confident answers, against the share of answers that is kept, one line per model.
 
     A line that falls to the left shows a confidence that can be used to choose what to trust; a flat one shows that
     the confidence says nothing about which answers are right. Ties are kept or dropped together in expectation.
     """
-    if not arms:
-        raise ValueError("needs at least one arm, got none")
+    if not models:
+        raise ValueError("needs at least one model, got none")
     reason = plots_unavailable()
     if reason:
         raise ImportError(reason)
     from matplotlib.figure import Figure
 
-    colors = colors or arm_colors(arm.name for arm in arms)
+    colors = colors or model_colors(model.name for model in models)
     with _theme(theme) as look:
         figure = Figure(figsize=(4.9, 3.8), layout="constrained")
         axes = figure.subplots()
         handles, labels = [], []
-        for i, arm in enumerate(arms):
-            coverage, risk = risk_coverage_curve(arm.correct, arm.confidence)
+        for i, model in enumerate(models):
+            coverage, risk = risk_coverage_of(model.answers)
             if not len(coverage):
                 continue
             first = len(coverage) // 100  # the error rate among a handful of answers is noise
             coverage, risk = coverage[first:], risk[first:]
-            marker = {"marker": MARKERS[i % len(MARKERS)], "ms": 4, "mec": look["back"], "mew": 0.5}
-            (line,) = axes.plot(coverage, risk, color=colors[arm.name], lw=1.8, markevery=0.2, **marker)
+            marker: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "ms": 4, "mec": look["back"], "mew": 0.5}
+            (line,) = axes.plot(coverage, risk, color=colors[model.name], lw=1.8, markevery=0.2, **marker)
             handles.append(line)
-            labels.append(" " + printable(arm.name))
+            labels.append(" " + printable(model.name))
         axes.set(
             xlim=(0, 1.01),
             ylim=(0, 1.02),

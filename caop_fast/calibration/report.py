@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from caop_fast.calibration import page, plots
-from caop_fast.calibration.answers import Arm
+from caop_fast.calibration.answers import ModelAnswers
 from caop_fast.calibration.files import write_atomic
 from caop_fast.calibration.table import COLUMNS, format_table, format_value, metric_rows, printable
 
@@ -30,13 +30,13 @@ UPPER_KEYS = ("accuracy_all", "ece_upper", "brier_upper")
 
 def _keys(report: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns of the report; the upper ones only where they differ from the plain ones."""
-    unread = any(entry["metrics"]["n_unparsed"] for entry in report["arms"])
+    unread = any(entry["metrics"]["n_unparsed"] for entry in report["models"])
     return (*COLUMN_KEYS, *UPPER_KEYS) if unread else COLUMN_KEYS
 
 
 def _interval_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """One row per metric, one column per arm: intervals are wide, and arms are fewer than metrics."""
-    entries = report["arms"]
+    """One row per metric, one column per model: intervals are wide, and models are fewer than metrics."""
+    entries = report["models"]
     keys = [key for key in entries[0]["intervals"] if key in _keys(report)]
     rows = [[COLUMNS[key].head, *(_interval(e["intervals"][key], COLUMNS[key].form) for e in entries)] for key in keys]
     return ["", *(entry["name"] for entry in entries)], rows
@@ -52,7 +52,7 @@ def _interval(interval: Sequence[float] | None, form: str) -> str:
 def _reference_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """What the metrics have to be held against: the noise floor of ECE, and the constant that states the base rate."""
     rows = []
-    for entry in report["arms"]:
+    for entry in report["models"]:
         floor = entry["ece_floor"]
         rows.append(
             [
@@ -69,9 +69,9 @@ def _reference_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str
 
 
 def _difference_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Heads (an arm each), rows (a metric each) and remarks of the comparison with the baseline."""
+    """Heads (a model each), rows (a metric each) and remarks of the comparison with the baseline."""
     compared, remarks = [], []
-    for entry in report["arms"]:
+    for entry in report["models"]:
         name, difference = entry["name"], entry["difference"]
         if difference is None:
             continue
@@ -81,7 +81,7 @@ def _difference_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[st
         compared.append(entry)
         if difference["n_prompts_left_out"]:
             remarks.append(
-                f"{name}: compared on the {difference['n_prompts']:,} prompts both arms answered; "
+                f"{name}: compared on the {difference['n_prompts']:,} prompts both models answered; "
                 f"{difference['n_prompts_left_out']:,} that only one answered are left out."
             )
     if not compared:
@@ -102,7 +102,7 @@ def _change(value: Mapping[str, float | None]) -> str:
 
 def _remarks(report: Mapping[str, Any]) -> list[str]:
     remarks = []
-    for entry in report["arms"]:
+    for entry in report["models"]:
         name, n = entry["name"], entry["metrics"]["n"]
         other = {status: count for status, count in entry["statuses"].items() if status != "ok"}
         if other:
@@ -136,9 +136,9 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
 def audit_table(report: Mapping[str, Any]) -> str:
     """The report of `audit` as plain text: metrics, intervals, references, comparison, remarks and verdicts."""
     level = f"{100 * report['level']:g} %"
-    names = [entry["name"] for entry in report["arms"]]
+    names = [entry["name"] for entry in report["models"]]
     blocks = [
-        format_table(*metric_rows(names, [entry["metrics"] for entry in report["arms"]], _keys(report))),
+        format_table(*metric_rows(names, [entry["metrics"] for entry in report["models"]], _keys(report))),
         format_table(*_interval_rows(report), title=f"{level} intervals (bootstrap)"),
         format_table(*_reference_rows(report), title="what noise alone and a constant at the base rate would give"),
     ]
@@ -149,19 +149,19 @@ def audit_table(report: Mapping[str, Any]) -> str:
     remarks = [*_remarks(report), *remarks]
     if remarks:
         blocks.append("\n".join(map(printable, remarks)))
-    blocks.append("\n".join(printable(f"{entry['name']}: {entry['verdict']}") for entry in report["arms"]))
+    blocks.append("\n".join(printable(f"{entry['name']}: {entry['verdict']}") for entry in report["models"]))
     return "\n\n".join(blocks)
 
 
-def audit_page(report: Mapping[str, Any], arms: Sequence[Arm]) -> str:
+def audit_page(report: Mapping[str, Any], models: Sequence[ModelAnswers]) -> str:
     """The report as one self-contained HTML page; without matplotlib it says why there are no pictures."""
-    names = [entry["name"] for entry in report["arms"]]
-    colors = plots.arm_colors(names)
+    names = [entry["name"] for entry in report["models"]]
+    colors = plots.model_colors(names)
     level = f"{100 * report['level']:g} %"
     keys = _keys(report)
 
     def colored(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> page.Html:
-        """A table whose arm names, at the head or in the first column, carry their dots."""
+        """A table whose model names, at the head or in the first column, carry their dots."""
         heads = [page.dotted(head, colors[head]) if head in colors else head for head in heads]
         return page.table(
             heads,
@@ -177,13 +177,13 @@ def audit_page(report: Mapping[str, Any], arms: Sequence[Arm]) -> str:
             "honest: of "
             "the answers it gives at 70 %, 70 % are right. Below the line it is overconfident; red marks the distance. "
             "Thin bars are 95 % intervals, and the strip below shows how often each confidence is stated.",
-            page.reliability_gallery(arms, colors, **bins),
+            page.reliability_gallery(models, colors, **bins),
         ]
         coverage = page.gallery(
             [
                 page.themed_image(
-                    lambda theme: plots.risk_coverage_plot(arms, theme=theme, colors=colors),
-                    alt="Error rate among the most confident answers against the share kept, one line per arm",
+                    lambda theme: plots.risk_coverage_plot(models, theme=theme, colors=colors),
+                    alt="Error rate among the most confident answers against the share kept, one line per model",
                     caption="A line that falls to the left: the confidence tells which answers to trust.",
                 )
             ],
@@ -198,7 +198,9 @@ def audit_page(report: Mapping[str, Any], arms: Sequence[Arm]) -> str:
         page.Section(
             "The numbers",
             [
-                colored(*metric_rows(names, [entry["metrics"] for entry in report["arms"]], keys), caption="per arm"),
+                colored(
+                    *metric_rows(names, [entry["metrics"] for entry in report["models"]], keys), caption="per model"
+                ),
                 colored(*_interval_rows(report), caption=f"{level} intervals (bootstrap)"),
                 colored(
                     *_reference_rows(report), caption="what noise alone and a constant at the base rate would give"
@@ -226,7 +228,7 @@ def audit_page(report: Mapping[str, Any], arms: Sequence[Arm]) -> str:
         ),
     ]
     verdicts = [
-        entry["verdict"] if len(names) == 1 else f"{entry['name']}: {entry['verdict']}" for entry in report["arms"]
+        entry["verdict"] if len(names) == 1 else f"{entry['name']}: {entry['verdict']}" for entry in report["models"]
     ]
     footer = (
         f"{report['n_bins']} bins, {report['edges']} edges; {report['n_resamples']:,} bootstrap draws, seed "
@@ -241,7 +243,7 @@ def audit_page(report: Mapping[str, Any], arms: Sequence[Arm]) -> str:
 def _unread_section(report: Mapping[str, Any]) -> list[page.Section]:
     rows = [
         [entry["name"], unread["where"], unread["status"], unread["text"] or "–"]
-        for entry in report["arms"]
+        for entry in report["models"]
         for unread in entry["unread"]
     ]
     if not rows:
@@ -250,7 +252,7 @@ def _unread_section(report: Mapping[str, Any]) -> list[page.Section]:
     return [page.Section("Answers whose confidence could not be read (the first few)", [table])]
 
 
-def write_report(report: Mapping[str, Any], arms: Sequence[Arm], out: str | os.PathLike[str]) -> list[Path]:
+def write_report(report: Mapping[str, Any], models: Sequence[ModelAnswers], out: str | os.PathLike[str]) -> list[Path]:
     """Write audit.json, audit.html and, with matplotlib, reliability.svg and .png into `out`; return the paths.
 
     Every file is written in one step. OSError when the folder cannot be made or written.
@@ -258,8 +260,8 @@ def write_report(report: Mapping[str, Any], arms: Sequence[Arm], out: str | os.P
     out = Path(out)
     written = [write_atomic(out / "audit.json", json.dumps(report, indent=2, allow_nan=False) + "\n")]
     if plots.plots_unavailable() is None:
-        figure = plots.reliability_diagram(arms, n_bins=report["n_bins"], edges=report["edges"])
+        figure = plots.reliability_diagram(models, n_bins=report["n_bins"], edges=report["edges"])
         written.append(write_atomic(out / "reliability.svg", plots.to_svg(figure)))
         written.append(write_atomic(out / "reliability.png", plots.to_png(figure)))
-    written.append(write_atomic(out / "audit.html", audit_page(report, arms)))
+    written.append(write_atomic(out / "audit.html", audit_page(report, models)))
     return written

@@ -206,9 +206,9 @@ def format_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, title: 
 def metric_rows(
     names: Sequence[str], metrics: Sequence[Mapping[str, Any] | None], keys: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Heads and formatted cells of a table with one row per arm and one column per key of COLUMNS.
+    """Heads and formatted cells of a table with one row per model and one column per key of COLUMNS.
 
-    An arm without metrics (None), or without one of the keys, shows an en dash there.
+    A model without metrics (None), or without one of the keys, shows an en dash there.
     """
     heads = ["", *(COLUMNS[key].head for key in keys)]
     rows = [

@@ -13,8 +13,8 @@ MANY_UNREAD = 0.1  # share of unread answers above which they are what a reader 
 
 
 def verdict(entry: Mapping[str, Any], *, level: float = 0.95) -> str:
-    """The verdict on one arm. `entry` is an element of `audit(...)["arms"]`; the keys used are "metrics", "intervals",
-    "ece_floor", "max_design_effect" and "constant_baseline".
+    """The verdict on one model. `entry` is an element of `audit(...)["models"]`; the keys used are "metrics",
+    "intervals", "ece_floor", "max_design_effect" and "constant_baseline".
 
     First the level: over- or underconfident when the interval of the gap excludes 0, and also off level by level when
     ECE is far above what the gap explains; else calibrated when ECE stays within what sampling noise gives a perfectly
@@ -129,20 +129,20 @@ def gate(
     *,
     max_ece: float | None = None,
     min_auroc: float | None = None,
-    arms: Collection[str] = (),
+    models: Collection[str] = (),
 ) -> list[str]:
-    """The reasons why arms fail the limits, one sentence each; an empty list means they pass.
+    """The reasons why models fail the limits, one sentence each; an empty list means they pass.
 
     max_ece is held against "ece_upper" and min_auroc against "auroc_lower", which are ECE and AUROC themselves where
-    every answer was read, so an unread answer can never help. A value that is undefined fails. `arms` names the arms to
+    every answer was read, so an unread answer can never help. A value that is undefined fails. `models` names those to
     hold to the limits, all when empty; ValueError for a name that is not in the report.
     """
-    unknown = set(arms) - {entry["name"] for entry in report["arms"]}
+    unknown = set(models) - {entry["name"] for entry in report["models"]}
     if unknown:
-        raise ValueError(f"no arm is called {', '.join(map(repr, sorted(unknown)))}")
+        raise ValueError(f"no model is called {', '.join(map(repr, sorted(unknown)))}")
     failures = []
-    for entry in report["arms"]:
-        if arms and entry["name"] not in arms:
+    for entry in report["models"]:
+        if models and entry["name"] not in models:
             continue
         metrics, name = entry["metrics"], entry["name"]
         upper, lower = metrics["ece_upper"], metrics["auroc_lower"]

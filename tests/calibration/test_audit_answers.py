@@ -1,4 +1,4 @@
-"""Reading JSONL answers: every line is used or named in an error, arms and ids end up where they belong."""
+"""Reading JSONL answers: every line is used or named in an error, models and ids end up where they belong."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ import math
 
 import numpy as np
 import pytest
+from helpers.audits import answered
 
-from caop_fast.calibration.answers import AnswerFileError, Arm, Fields, read_answers, read_lines
+from caop_fast.calibration.answers import AnswerFileError, Fields, ModelAnswers, read_answers, read_lines
 
 
 def lines(*records: object) -> list[bytes]:
     return [(r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in records]
 
 
-def read(*records: object, **options: object) -> dict[str | None, Arm]:
+def read(*records: object, **options: object) -> dict[str | None, ModelAnswers]:
     return read_lines(lines(*records), "x.jsonl", Fields(), **options)
 
 
 def test_responses_are_parsed_and_statuses_counted() -> None:
-    arm = read(
+    model = read(
         {"response": "Paris. Confidence: 85%", "correct": 1},
         {"response": "Paris, overconfidence: 0.3", "correct": False},
         {"response": "Confidence: high", "correct": 0},
         {"response": "Confidence: 1.5", "correct": True},
         {"response": "Confidence: 0.2 no, Confidence: 0.4", "correct": 0.5},
     )[None]
-    np.testing.assert_array_equal(arm.confidence, [0.85, np.nan, np.nan, np.nan, 0.4])
-    np.testing.assert_array_equal(arm.correct, [1, 0, 0, 1, 0.5])
-    assert arm.statuses == {"ok": 2, "missing": 1, "no_number": 1, "out_of_range": 1}
-    assert arm.n_conflicting == 1
-    assert arm.groups is None
-    assert [(u.where, u.status) for u in arm.unread] == [
+    np.testing.assert_array_equal(model.confidence, [0.85, np.nan, np.nan, np.nan, 0.4])
+    np.testing.assert_array_equal(model.correct, [1, 0, 0, 1, 0.5])
+    assert model.statuses == {"ok": 2, "missing": 1, "no_number": 1, "out_of_range": 1}
+    assert model.n_conflicting == 1
+    assert model.groups is None
+    assert [(u.where, u.status) for u in model.unread] == [
         ("x.jsonl:2", "missing"),
         ("x.jsonl:3", "no_number"),
         ("x.jsonl:4", "out_of_range"),
@@ -40,29 +41,29 @@ def test_responses_are_parsed_and_statuses_counted() -> None:
 
 
 def test_numbers_null_and_nan_and_precedence_over_the_response() -> None:
-    arm = read(
+    model = read(
         {"confidence": 1, "correct": 1},
         {"confidence": None, "response": "Confidence: 0.9", "correct": 1},
         b'{"confidence": NaN, "correct": 1}',
         {"confidence": 0.25, "response": "Confidence: 0.9", "correct": 1},
     )[None]
-    np.testing.assert_array_equal(arm.confidence, [1, np.nan, np.nan, 0.25])
-    assert arm.statuses == {"ok": 2, "missing": 2}
+    np.testing.assert_array_equal(model.confidence, [1, np.nan, np.nan, 0.25])
+    assert model.statuses == {"ok": 2, "missing": 2}
 
 
 def test_lenient_guesses_are_counted() -> None:
     records = [{"response": "Confidence: 85", "correct": 1}, {"response": "Confidence: 85%", "correct": 1}]
     assert math.isnan(read(*records)[None].confidence[0])
-    arm = read(*records, lenient=True)[None]
-    np.testing.assert_array_equal(arm.confidence, [0.85, 0.85])
-    assert arm.n_guessed == 1
+    model = read(*records, lenient=True)[None]
+    np.testing.assert_array_equal(model.confidence, [0.85, 0.85])
+    assert model.n_guessed == 1
 
 
 def test_counts_what_lenient_would_read() -> None:
     texts = ["85", "11", "10", "1.5", "-3", "120", "high", "85%"]
     records = [{"response": f"Confidence: {text}", "correct": 1} for text in texts]
-    arm = read(*records)[None]
-    assert (arm.n_bare_percent, arm.statuses["out_of_range"]) == (2, 6)
+    model = read(*records)[None]
+    assert (model.n_bare_percent, model.statuses["out_of_range"]) == (2, 6)
     assert read(*records, lenient=True)[None].n_bare_percent == 0
 
 
@@ -111,27 +112,28 @@ def test_no_answers_is_an_error(content: tuple[bytes, ...]) -> None:
 
 
 def test_byte_order_mark_and_blank_lines() -> None:
-    arm = read(b'\xef\xbb\xbf{"confidence": 0.5, "correct": 1}', b"", b'{"confidence": 0.7, "correct": 0}')[None]
-    np.testing.assert_array_equal(arm.confidence, [0.5, 0.7])
+    model = read(b'\xef\xbb\xbf{"confidence": 0.5, "correct": 1}', b"", b'{"confidence": 0.7, "correct": 0}')[None]
+    np.testing.assert_array_equal(model.confidence, [0.5, 0.7])
 
 
 def test_prompt_id_before_id_and_all_or_none() -> None:
     a = {"confidence": 0.5, "correct": 1}
-    arm = read({**a, "id": "r1", "prompt_id": 7}, {**a, "id": "r2", "prompt_id": "7"})[None]
-    assert arm.groups.tolist() == ["7", "7"]
+    model = read({**a, "id": "r1", "prompt_id": 7}, {**a, "id": "r2", "prompt_id": "7"})[None]
+    assert model.groups.tolist() == ["7", "7"]
     with pytest.raises(AnswerFileError, match="1 of 2 lines have no prompt id"):
         read({**a, "id": 1}, a)
 
 
 def test_ids_that_differ_only_in_a_trailing_nul_stay_apart() -> None:
-    arm = read({"confidence": 0.5, "correct": 1, "id": "a"}, {"confidence": 0.5, "correct": 1, "id": "a\0"})[None]
-    assert len(set(arm.groups)) == 2
+    model = read({"confidence": 0.5, "correct": 1, "id": "a"}, {"confidence": 0.5, "correct": 1, "id": "a\0"})[None]
+    assert len(set(model.groups)) == 2
 
 
 def test_arms_in_one_file_and_a_line_without_one() -> None:
     a = {"confidence": 0.5, "correct": 1}
     assert {
-        name: len(arm.correct) for name, arm in read({**a, "arm": "x"}, {**a, "model": "y"}, {**a, "arm": "x"}).items()
+        name: len(model.correct)
+        for name, model in read({**a, "arm": "x"}, {**a, "model": "y"}, {**a, "arm": "x"}).items()
     } == {
         "x": 2,
         "y": 1,
@@ -154,7 +156,7 @@ def test_names_of_arms_from_files(tmp_path) -> None:
     three = write("many.jsonl", {**a, "arm": "x"}, {**a, "arm": "y"})
 
     def names(*paths: str) -> list[str]:
-        return [arm.name for arm in read_answers(paths)]
+        return [model.name for model in read_answers(paths)]
 
     assert names(one) == ["eval"]
     assert names(two) == ["m"]
@@ -165,15 +167,15 @@ def test_names_of_arms_from_files(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("correct", "confidence", "groups"),
+    ("correct", "confidence", "groups", "message"),
     [
-        ([1], [0.5, 0.5], None),
-        ([2], [0.5], None),
-        ([1], [1.5], None),
-        ([math.nan], [0.5], None),
-        ([1, 0], [0.5, 0.5], ["a"]),
+        ([1], [0.5, 0.5], None, "correct and confidence must be of one length, got 1 and 2"),
+        ([2], [0.5], None, "correct must lie in"),
+        ([1], [1.5], None, "confidence must lie in"),
+        ([math.nan], [0.5], None, "correct must lie in"),
+        ([1, 0], [0.5, 0.5], ["a"], "model 'a': groups must have one entry per answer"),
     ],
 )
-def test_arm_refuses_what_cannot_be_judged(correct, confidence, groups) -> None:
-    with pytest.raises(ValueError, match="arm 'a'"):
-        Arm("a", np.array(correct), np.array(confidence), groups)
+def test_what_cannot_be_judged_is_refused(correct, confidence, groups, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        answered("a", np.array(correct), np.array(confidence), groups)

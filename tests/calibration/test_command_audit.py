@@ -60,7 +60,7 @@ def test_json_is_the_report_alone(files, capsys) -> None:
         run(*files, "--json", "--bins", 5, "--edges", "exact", "--level", 0.9, "--seed", 3, "--baseline", "after") == 0
     )
     report = json.loads(capsys.readouterr().out)
-    assert [entry["name"] for entry in report["arms"]] == ["before", "after"]
+    assert [entry["name"] for entry in report["models"]] == ["before", "after"]
     assert [report[k] for k in ("n_bins", "edges", "level", "n_resamples", "seed", "baseline")] == [
         5,
         "exact",
@@ -69,7 +69,7 @@ def test_json_is_the_report_alone(files, capsys) -> None:
         3,
         "after",
     ]
-    assert report["arms"][0]["metrics"]["ece"] == pytest.approx(0.45)
+    assert report["models"][0]["metrics"]["ece"] == pytest.approx(0.45)
 
 
 def test_out_writes_the_folder_and_says_so(files, capsys, tmp_path) -> None:
@@ -95,9 +95,9 @@ def test_fields_can_be_renamed(tmp_path, capsys) -> None:
     path = tmp_path / "x.jsonl"
     records = [{"said": 0.5, "ok": i % 2, "q": i, "who": "m1"} for i in range(20)]
     path.write_text("\n".join(map(json.dumps, records)))
-    names = ["--confidence-field", "said", "--correct-field", "ok", "--id-field", "q", "--arm-field", "who"]
+    names = ["--confidence-field", "said", "--correct-field", "ok", "--id-field", "q", "--model-field", "who"]
     assert run(path, *names, "--json") == 0
-    entry = json.loads(capsys.readouterr().out)["arms"][0]
+    entry = json.loads(capsys.readouterr().out)["models"][0]
     assert (entry["name"], entry["n_prompts"], entry["metrics"]["n"]) == ("m1", 20, 20)
     assert run(path) == 2
 
@@ -107,7 +107,7 @@ def test_lenient_is_passed_on(tmp_path, capsys) -> None:
     path.write_text('{"response": "Confidence: 85", "correct": 1}\n')
     for words, unread in (((), 1), (("--lenient",), 0)):
         assert run(path, "--json", *words) == 0
-        assert json.loads(capsys.readouterr().out)["arms"][0]["metrics"]["n_unparsed"] == unread
+        assert json.loads(capsys.readouterr().out)["models"][0]["metrics"]["n_unparsed"] == unread
 
 
 def test_bare_percentages_hint_at_lenient(tmp_path, capsys) -> None:
@@ -123,7 +123,7 @@ def test_standard_input(monkeypatch, capsys) -> None:
     stdin = io.TextIOWrapper(io.BytesIO(b'{"confidence": 0.5, "correct": 1}\n'))
     monkeypatch.setattr(sys, "stdin", stdin)
     assert run("-", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["arms"][0]["name"] == "stdin"
+    assert json.loads(capsys.readouterr().out)["models"][0]["name"] == "stdin"
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,12 @@ def test_standard_input(monkeypatch, capsys) -> None:
     [
         (None, (), "No such file"),
         ("{}\n", (), "x.jsonl:1: no field 'correct'"),
-        ('{"confidence": 0.5, "correct": 1}\n', ("--baseline", "zz"), "baseline 'zz' is not one of the arms: x"),
-        ('{"confidence": 0.5, "correct": 1}\n', ("--gate", "zz", "--max-ece", "1"), "'zz' is not an arm; there are: x"),
+        ('{"confidence": 0.5, "correct": 1}\n', ("--baseline", "zz"), "baseline 'zz' is not one of the models: x"),
+        (
+            '{"confidence": 0.5, "correct": 1}\n',
+            ("--gate", "zz", "--max-ece", "1"),
+            "files; there are: x",
+        ),
         ('{"confidence": 0.5, "correct": 1}\n', ("--gate", "x"), "--gate needs a limit"),
         ('{"confidence": 0.5, "correct": 1}\n', ("--out", "x.jsonl"), "x.jsonl"),
     ],
@@ -227,7 +231,7 @@ def test_prints_on_a_terminal_that_knows_only_ascii(tmp_path) -> None:
     assert b"\x1b" not in done.stdout
 
 
-@pytest.mark.parametrize("option", ["--confidence-field", "--response-field", "--id-field", "--arm-field"])
+@pytest.mark.parametrize("option", ["--confidence-field", "--response-field", "--id-field", "--model-field"])
 def test_a_named_field_that_no_line_has_is_refused(tmp_path, capsys, option) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"confidence": 0.5, "correct": 1}\n{"confidence": 0.25, "correct": 0}\n')

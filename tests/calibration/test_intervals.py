@@ -11,8 +11,8 @@ import pytest
 from helpers import oracle_metrics as oracle
 
 from caop_fast.calibration import bootstrap_intervals, calibration_metrics, ece_floor, paired_bootstrap
-from caop_fast.calibration.counts import Answers
-from caop_fast.calibration.metrics import METRICS
+from caop_fast.calibration.counts import Answers, Binning
+from caop_fast.calibration.formulas import METRICS
 
 
 def data(n=60, seed=0, unparsed=0.1, step=20):
@@ -30,7 +30,7 @@ def test_every_metric_of_a_resample_is_that_of_the_repeated_rows(step, edges):
     weights = rng.multinomial(len(y), np.ones(len(y)) / len(y), size=20).astype(float)
     weights[0] = 0
     weights[0, np.flatnonzero(np.isnan(c))[0]] = 3  # a resample without a parsed answer
-    counts = Answers(y, c, n_bins=7, edges=edges).counts(weights)
+    counts = Answers(y, c).counts(weights, binning=Binning(7, edges))
     values = {name: metric(counts) for name, metric in METRICS.items()}
     for r, w in enumerate(weights.astype(int)):
         expected = oracle.metrics(np.repeat(y, w), np.repeat(c, w), 7, edges)
@@ -149,7 +149,7 @@ def test_paired_by_id_in_any_order_and_number():
     mixed = paired_bootstrap((y_a, c_a), (y_b[order], c_b[order]), groups=ids, groups_b=groups_b[order])
     for name in straight:
         assert mixed[name] == pytest.approx(straight[name], abs=1e-9)
-    assert straight["accuracy"].low == pytest.approx(0, abs=1e-12)  # the same prompts in both arms, three times in b
+    assert straight["accuracy"].low == pytest.approx(0, abs=1e-12)  # the same prompts in both models, three times in b
     assert straight["accuracy"].high == pytest.approx(0, abs=1e-12)
     json.dumps(straight, allow_nan=False)
 
@@ -211,7 +211,7 @@ def test_bad_pairs():
     a, b = ([1, 0], [0.5, 0.1]), ([1, 0, 1], [0.5, 0.1, 0.2])
     with pytest.raises(ValueError, match="2 and 3 answers need groups and groups_b"):
         paired_bootstrap(a, b)
-    with pytest.raises(ValueError, match="3 prompts that only one arm holds"):
+    with pytest.raises(ValueError, match="3 prompts that only one of them answered"):
         paired_bootstrap(a, b, groups=["p", "q"], groups_b=["p", "r", "s"])
     with pytest.raises(ValueError, match="groups_b needs groups"):
         paired_bootstrap(a, b, groups_b=[1, 2, 3])

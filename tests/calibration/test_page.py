@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from helpers.audits import answered
 
 from caop_fast.calibration import page, plots
-from caop_fast.calibration.answers import Arm, Unread
+from caop_fast.calibration.answers import ModelAnswers, Unread
 from caop_fast.calibration.audit import audit
 from caop_fast.calibration.report import audit_page
 from caop_fast.calibration.table import COLUMNS, format_table, format_value, metric_rows, printable
@@ -126,10 +127,10 @@ def test_write_page_returns_the_path_and_keeps_unicode(tmp_path) -> None:
     assert path.read_text(encoding="utf-8").count("Zürich 東京") == 2
 
 
-def report_of_hostile_arms() -> tuple[dict, list[Arm]]:
+def report_of_hostile_models() -> tuple[dict, list[ModelAnswers]]:
     rng = np.random.default_rng(0)
-    arms = [
-        Arm(
+    models = [
+        answered(
             name,
             (rng.random(40) < 0.5).astype(float),
             np.where(rng.random(40) < 0.2, np.nan, np.round(rng.random(40), 1)),
@@ -139,13 +140,13 @@ def report_of_hostile_arms() -> tuple[dict, list[Arm]]:
         )
         for name in (EVIL, "b")
     ]
-    return audit(arms, n_resamples=20), arms
+    return audit(models, n_resamples=20), models
 
 
 def test_audit_page_with_hostile_names_and_answers() -> None:
     pytest.importorskip("matplotlib")
-    report, arms = report_of_hostile_arms()
-    checker = check(audit_page(report, arms))
+    report, models = report_of_hostile_models()
+    checker = check(audit_page(report, models))
     assert checker.tags.count("img") == 3  # two reliability diagrams and the risk-coverage plot
     for text in ("difference from", "ECE floor", "could not be read", "Brier skill"):
         assert text in checker.text
@@ -153,12 +154,12 @@ def test_audit_page_with_hostile_names_and_answers() -> None:
 
 def test_audit_page_without_matplotlib_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    report, arms = report_of_hostile_arms()
-    checker = check(audit_page(report, arms))
+    report, models = report_of_hostile_models()
+    checker = check(audit_page(report, models))
     assert "pip install caop-fast[audit]" in checker.text
     assert "img" not in checker.tags
     with pytest.raises(ImportError, match=r"pip install caop-fast\[audit\]"):
-        plots.reliability_diagram(arms)
+        plots.reliability_diagram(models)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is drawn: the right numbers at the right place, one colour per arm, and nothing that a name could break."""
+"""What is drawn: the right numbers at the right place, one colour per model, and nothing that a name could break."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+from helpers.audits import answered
 
 from caop_fast.calibration import calibration_metrics, plots, reliability_bins
-from caop_fast.calibration.answers import Arm
+from caop_fast.calibration.answers import ModelAnswers
 
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 
-def arm(name: str = "a", n: int = 400, seed: int = 0) -> Arm:
+def made(name: str = "a", n: int = 400, seed: int = 0) -> ModelAnswers:
     rng = np.random.default_rng(seed)
     p = rng.random(n)
-    return Arm(name, (rng.random(n) < p).astype(float), np.round(p**0.5, 2))
+    return answered(name, (rng.random(n) < p).astype(float), np.round(p**0.5, 2))
 
 
 def texts(figure: Figure) -> str:
@@ -35,7 +36,7 @@ def points(axes) -> np.ndarray:
 
 @pytest.mark.parametrize("edges", ["official", "exact"])
 def test_reliability_points_bars_and_histogram_are_the_bins(edges: str) -> None:
-    a = arm()
+    a = made()
     upper, lower = plots.reliability_diagram([a], n_bins=8, edges=edges).subfigs[0].axes
     bins = [b for b in reliability_bins(a.correct, a.confidence, 8, edges) if b.count]
     np.testing.assert_allclose(points(upper), [(b.mean_confidence, b.accuracy) for b in bins])
@@ -50,8 +51,8 @@ def test_reliability_points_bars_and_histogram_are_the_bins(edges: str) -> None:
 
 
 def test_reliability_panel_writes_its_numbers() -> None:
-    a = arm()
-    a = Arm("a", a.correct, np.where(np.arange(400) < 7, np.nan, a.confidence))
+    a = made()
+    a = answered("a", a.correct, np.where(np.arange(400) < 7, np.nan, a.confidence))
     metrics = calibration_metrics(a.correct, a.confidence)
     text = texts(plots.reliability_diagram([a]))
     assert f"ECE {metrics['ece']:.3f}" in text
@@ -61,42 +62,44 @@ def test_reliability_panel_writes_its_numbers() -> None:
 
 
 def test_says_and_is_right() -> None:
-    a = Arm("a", np.array([1, 0, 0, 0]), np.array([0.9, 0.9, 0.9, np.nan]))
+    a = answered("a", np.array([1, 0, 0, 0]), np.array([0.9, 0.9, 0.9, np.nan]))
     assert plots.says_and_is_right(a) == "says 90 %, right 33 % of the time"
 
 
 def test_an_arm_without_any_readable_confidence_and_a_single_answer() -> None:
-    silent = Arm("a", np.ones(3), np.full(3, np.nan))
-    figure = plots.reliability_diagram([silent, Arm("b", np.ones(1), np.ones(1))])
+    silent = answered("a", np.ones(3), np.full(3, np.nan))
+    figure = plots.reliability_diagram([silent, answered("b", np.ones(1), np.ones(1))])
     assert "states no readable confidence" in texts(figure)
     plots.to_png(figure, dpi=40)
     plots.to_png(plots.risk_coverage_plot([silent]), dpi=40)
 
 
 def test_every_arm_has_its_panel_and_the_spare_cell_explains() -> None:
-    figure = plots.reliability_diagram([arm(n) for n in "abcde"])
+    figure = plots.reliability_diagram([made(n) for n in "abcde"])
     assert [len(cell.axes) for cell in figure.subfigs] == [2, 2, 2, 2, 2, 1]
     assert "How to read this" in texts(figure)
-    assert "How to read this" not in texts(plots.reliability_diagram([arm("a"), arm("b")]))
+    assert "How to read this" not in texts(plots.reliability_diagram([made("a"), made("b")]))
 
 
 def test_colors_are_fixed_by_name_and_distinct() -> None:
     names = ["base", "opd", "caop", "direct", "masked"]
-    colors = plots.arm_colors(names)
+    colors = plots.model_colors(names)
     assert len(set(colors.values())) == 5
     assert (
-        plots.arm_colors(["caop", "zebra"])["caop"] == plots.arm_colors(["zebra", "opd", "caop"])["caop"] == "#0072b2"
+        plots.model_colors(["caop", "zebra"])["caop"]
+        == plots.model_colors(["zebra", "opd", "caop"])["caop"]
+        == "#0072b2"
     )
-    many = plots.arm_colors([*names, *"uvwxyz"])
+    many = plots.model_colors([*names, *"uvwxyz"])
     assert len(set(many.values())) == 11
     assert {n: many[n] for n in names} == colors
 
 
 HISTORY = [
-    {"arm": "opd", "step": 20, "accuracy": 0.5, "gap": 0.4},
-    {"arm": "opd", "step": 0, "accuracy": 0.4, "gap": 0.1},
-    {"arm": "opd", "step": 10, "accuracy": None, "gap": None},
-    {"arm": "base", "step": 0, "accuracy": 0.4, "gap": 0.1},
+    {"method": "opd", "step": 20, "accuracy": 0.5, "gap": 0.4},
+    {"method": "opd", "step": 0, "accuracy": 0.4, "gap": 0.1},
+    {"method": "opd", "step": 10, "accuracy": None, "gap": None},
+    {"method": "base", "step": 0, "accuracy": 0.4, "gap": 0.1},
 ]
 
 
@@ -116,11 +119,11 @@ def test_history_lines_in_order_of_step_with_holes() -> None:
     ("call", "message"),
     [
         (lambda: plots.history_plot([]), "at least one record"),
-        (lambda: plots.history_plot([{"arm": "a", "gap": 1}]), "'arm' and 'step'"),
+        (lambda: plots.history_plot([{"method": "a", "gap": 1}]), "'method' and 'step'"),
         (lambda: plots.history_plot(HISTORY, panels=("loss",)), "panels"),
-        (lambda: plots.reliability_diagram([]), "at least one arm"),
-        (lambda: plots.reliability_diagram([arm()], theme="blue"), "theme"),
-        (lambda: plots.risk_coverage_plot([]), "at least one arm"),
+        (lambda: plots.reliability_diagram([]), "at least one model"),
+        (lambda: plots.reliability_diagram([made()], theme="blue"), "theme"),
+        (lambda: plots.risk_coverage_plot([]), "at least one model"),
     ],
 )
 def test_bad_input(call, message) -> None:
@@ -129,7 +132,7 @@ def test_bad_input(call, message) -> None:
 
 
 def test_risk_coverage_ends_at_the_error_rate_and_averages_to_aurc() -> None:
-    a = arm(n=60)
+    a = made(n=60)
     (line,) = plots.risk_coverage_plot([a]).axes[0].lines
     metrics = calibration_metrics(a.correct, a.confidence)
     assert line.get_xdata()[-1] == 1
@@ -140,9 +143,9 @@ def test_risk_coverage_ends_at_the_error_rate_and_averages_to_aurc() -> None:
 def test_names_that_could_break_a_picture() -> None:
     names = ["$\\frac{a}$", "_hidden", "a\x1b[31m\ud800", "<b>&"]
     for figure in (
-        plots.reliability_diagram([arm(n) for n in names]),
-        plots.history_plot([{"arm": n, "step": 0, "accuracy": 0.5, "gap": 0.1} for n in names]),
-        plots.risk_coverage_plot([arm(n) for n in names]),
+        plots.reliability_diagram([made(n) for n in names]),
+        plots.history_plot([{"method": n, "step": 0, "accuracy": 0.5, "gap": 0.1} for n in names]),
+        plots.risk_coverage_plot([made(n) for n in names]),
     ):
         ET.fromstring(plots.to_svg(figure))
         assert "_hidden" in texts(figure)
@@ -150,7 +153,7 @@ def test_names_that_could_break_a_picture() -> None:
 
 
 def test_svg_is_reproducible_and_needs_nothing_outside() -> None:
-    first, second = (plots.to_svg(plots.reliability_diagram([arm()])) for _ in range(2))
+    first, second = (plots.to_svg(plots.reliability_diagram([made()])) for _ in range(2))
     assert first == second
     assert b"<text" not in first  # outlines, no fonts
     root = ET.fromstring(first)
@@ -162,11 +165,12 @@ def test_drawing_leaves_no_trace_in_matplotlib_and_needs_no_pyplot() -> None:
     code = (
         "import sys, matplotlib, numpy as np\n"
         "from caop_fast.calibration import plots\n"
-        "from caop_fast.calibration.answers import Arm\n"
+        "from caop_fast.calibration.answers import ModelAnswers\n"
+        "from caop_fast.calibration.counts import Answers\n"
         "def settings():\n"
         "    return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}\n"
         "before = settings()\n"
-        "plots.to_svg(plots.reliability_diagram([Arm('a', np.ones(3), np.ones(3))], theme='dark'))\n"
+        "plots.to_svg(plots.reliability_diagram([ModelAnswers('a', Answers(np.ones(3), np.ones(3)))], theme='dark'))\n"
         "assert settings() == before\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
