@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from operator import index
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from caop_fast.calibration.parse import parse_confidence
 from caop_fast.caop.style import ConfidenceStyle
@@ -282,7 +282,7 @@ def _spellings(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[i
         if whole[len(base) :] not in seen:
             seen.append(whole[len(base) :])
             yield seen[-1]
-    single = [next(iter(_single(c, tokenizer)), None) for c in text]
+    single = [next(_single(c, tokenizer), []) for c in text]
     if all(single):
         yield [i for ids in single for i in ids]
 
@@ -304,7 +304,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     # No clean-up: it would join " ." and " '" and shift every offset behind.
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return cast(str, text)  # a list of texts is what a batch gives
 
 
 def _id_list(ids: Any) -> list[int]:

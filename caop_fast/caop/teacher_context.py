@@ -116,11 +116,12 @@ class TeacherContext:
         messages = student_messages(row)
         demonstration = ""
         if _has_field(self.template, "demonstration"):
-            demonstration = row.get("demonstration")
-            if demonstration is None:
+            given = row.get("demonstration")
+            if given is None:
                 raise ValueError(f"row must have the field 'demonstration' that the template shows{_of(row)}")
-            if not isinstance(demonstration, str):
-                raise TypeError(f"demonstration must be a string, got {type(demonstration).__name__}{_of(row)}")
+            if not isinstance(given, str):
+                raise TypeError(f"demonstration must be a string, got {type(given).__name__}{_of(row)}")
+            demonstration = given
         template, note = self.template, ""
         if confidence is None:
             template = re.sub(r"\s*(?<!\{)\{note\}", "", template)
@@ -177,7 +178,7 @@ def encode_prompt(
     if not messages:
         raise ValueError(f"messages must not be empty (row {row_id!r})")
     continued = messages[-1]["role"] == "assistant"
-    ids = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(  # typed as all that any combination of options may return
         [dict(m) for m in messages],
         tokenize=True,
         return_dict=False,  # transformers 5 returns a mapping by default, 4 the ids
@@ -185,7 +186,7 @@ def encode_prompt(
         continue_final_message=continued,
         **(template_kwargs or {}),
     )
-    ids = [int(i) for i in ids]
+    ids = [int(i) for i in encoded]
     if max_tokens is not None and len(ids) > max_tokens:
         raise ValueError(
             f"the prompt of row {row_id!r} has {len(ids)} tokens, more than its budget max_tokens={max_tokens}; "

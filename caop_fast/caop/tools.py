@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from caop_fast.caop.statement import answer_text
-from caop_fast.caop.verifiers import Verdict, _of, _reference
+from caop_fast.caop.verifiers import Verdict, of_row, reference_answer
 
 _ACTION = re.compile(r"^[ \t]{0,8}[*_`]{0,3}Action[*_`]{0,3}[ \t]{0,4}:[*_`]{0,3}[ \t]{0,4}([^\n]{1,300})", re.M | re.I)
 _INPUT = re.compile(
@@ -38,11 +38,11 @@ class ToolCalls:
     ordered: bool = False
 
     def __call__(self, response: str, row: Mapping[str, Any]) -> Verdict:
-        reference = _reference(row, self.key)
+        reference = reference_answer(row, self.key)
         try:
             expected = _calls_of(_loads(reference) if isinstance(reference, str) else reference)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"row[{self.key!r}] must be a JSON list of tool calls: {error}{_of(row)}") from None
+            raise ValueError(f"row[{self.key!r}] must be a JSON list of tool calls: {error}{of_row(row)}") from None
         try:
             found = _read_calls(response)
         except RecursionError:
@@ -78,7 +78,8 @@ def _read_calls(text: str) -> list[tuple[str, str]]:
 
 
 def _read_action_lines(text: str) -> list[tuple[str, str]]:
-    calls, position = [], 0
+    calls: list[tuple[str, str]] = []
+    position = 0
     while action := _ACTION.search(text, position):
         number = len(calls) + 1
         name = _NAME.fullmatch(action.group(1).strip(" \t\r*_`\"'").strip())

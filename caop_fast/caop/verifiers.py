@@ -99,11 +99,11 @@ class OneOf:
     normalise: Callable[[str], str] = normalise_text
 
     def __call__(self, response: str, row: Mapping[str, Any]) -> Verdict:
-        accepted = _reference(row, self.key)
+        accepted = reference_answer(row, self.key)
         accepted = [accepted] if isinstance(accepted, str) else accepted
         if not isinstance(accepted, Sequence) or not accepted or not all(isinstance(a, str) for a in accepted):
             raise ValueError(
-                f"row[{self.key!r}] must be a string or a non-empty sequence of strings, got {accepted!r}{_of(row)}"
+                f"row[{self.key!r}] must be a string or a non-empty sequence of strings, got {accepted!r}{of_row(row)}"
             )
         answer = self.normalise(self.extract(response))
         if not answer:
@@ -143,11 +143,11 @@ class MultipleChoice:
     letters: str = "ABCDEFGHIJ"
 
     def __call__(self, response: str, row: Mapping[str, Any]) -> Verdict:
-        reference = _reference(row, self.key)
+        reference = reference_answer(row, self.key)
         if not (
             isinstance(reference, str) and len(reference.strip()) == 1 and reference.strip().upper() in self.letters
         ):
-            raise ValueError(f"row[{self.key!r}] must be one of {self.letters!r}, got {reference!r}{_of(row)}")
+            raise ValueError(f"row[{self.key!r}] must be one of {self.letters!r}, got {reference!r}{of_row(row)}")
         right = reference.strip().upper()
         text = answer_text(response)
         for place, contents in (
@@ -208,13 +208,15 @@ def _answer_elements(text: str) -> list[str]:
     return contents
 
 
-def _reference(row: Mapping[str, Any], key: str) -> Any:
+def reference_answer(row: Mapping[str, Any], key: str) -> Any:
+    """``row[key]``; a ValueError that names the row where it is missing."""
     if key not in row:
         raise ValueError(
-            f"row must have the field {key!r} with the reference answer, got {sorted(map(str, row))}{_of(row)}"
+            f"row must have the field {key!r} with the reference answer, got {sorted(map(str, row))}{of_row(row)}"
         )
     return row[key]
 
 
-def _of(row: Mapping[str, Any]) -> str:
+def of_row(row: Mapping[str, Any]) -> str:
+    """The end of an error message: which row it speaks of, where the row has an id."""
     return f" in row {row['id']!r}" if "id" in row else ""

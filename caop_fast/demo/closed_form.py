@@ -7,7 +7,7 @@ right at all, times the posterior probability that it is. Nothing is sampled.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from caop_fast.training.model import language_head
 from caop_fast.training.scoring import Completions, completion_hidden
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPTS_AT_ONCE = 512
 
 
+@runtime_checkable
 class KnowsPosterior(Protocol):
     """A task that can say how probable each answer is to be right."""
 
@@ -33,11 +34,15 @@ class KnowsPosterior(Protocol):
         """``{answer text: probability of being right}``, summing to 1."""
         ...
 
+    def success_probability(self, response: str, row: Row) -> float:
+        """The probability that the verifier calls this response right."""
+        ...
+
 
 @torch.no_grad()
 def success_probabilities(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     task: KnowsPosterior,
     rows: Sequence[Row],
     prompts: Sequence[Sequence[int]],

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("pronounce", "sums")
-ARMS = ("base", "opd", "caop", "direct", "masked")
+METHODS = ("base", "opd", "caop", "direct", "masked")
 
 DESCRIPTION = """\
 Train a small language model from scratch on a real task, distil it on-policy in several ways, and show what each does
 to its accuracy and to the confidence it states. Takes a few minutes on a CPU; needs no GPU and no download.
 
-The arms, all from the same base model and the same prompts:
+The methods, all from the same base model and the same prompts:
   base     the model before distillation
   opd      plain on-policy distillation: answer and confidence both learnt from a teacher that saw the solution
   caop     calibration-aware: the confidence target is the model's own success rate over its rollouts
@@ -32,7 +32,7 @@ EXAMPLES = """\
 examples:
   caop-fast demo
   caop-fast demo --task sums --seed 3 --out runs/sums
-  caop-fast demo --arms base opd caop
+  caop-fast demo --methods base opd caop
   caop-fast audit runs/demo/answers/opd.jsonl runs/demo/answers/caop.jsonl
 """
 
@@ -55,7 +55,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers on one machine (0)")
     parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="which arms to run (all)"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help="which methods to run (all)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the run's folder (runs/demo)")
     parser.set_defaults(run=run)
@@ -63,26 +68,26 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; 0 when done, 1 when an arm failed, 2 on bad input, 130 on Ctrl-C, 141 when the output is closed."""
+    """Run the demo; 0 when done, 1 when a method failed, 2 on bad input, 130 on Ctrl-C, 141 on closed output."""
     try:
         from caop_fast.demo.page import PAGE_NAME, demo_table, demo_verdict
-        from caop_fast.demo.run import ArmFailed, DemoConfig, run_demo
+        from caop_fast.demo.run import DemoConfig, MethodFailed, run_demo
     except ModuleNotFoundError as error:
         return _refuse(f"the demo needs the package {error.name!r}; install it with: pip install 'caop-fast[demo]'")
     try:
-        config = DemoConfig(task=args.task, seed=args.seed, arms=tuple(args.arms), out=args.out)
+        config = DemoConfig(task=args.task, seed=args.seed, methods=tuple(args.methods), out=args.out)
         summary = run_demo(config)
     except BrokenPipeError:
         return _output_closed()
-    except ArmFailed as error:
+    except MethodFailed as error:
         print(f"caop-fast demo: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
-        done = sorted(p.parent.name for p in args.out.glob("arms/*/result.json"))
+        done = sorted(p.parent.name for p in args.out.glob("methods/*/result.json"))
         print(
-            f"\nStopped. Finished arms: {', '.join(done) or 'none'}. The same command goes on from here.",
+            f"\nStopped. Finished methods: {', '.join(done) or 'none'}. The same command goes on from here.",
             file=sys.stderr,
         )
         return 130

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from caop_fast.calibration import page, plots
-from caop_fast.calibration.answers import Arm
+from caop_fast.calibration.answers import ModelAnswers
+from caop_fast.calibration.counts import Answers
 from caop_fast.calibration.files import write_atomic
 from caop_fast.calibration.intervals import ece_floor
 from caop_fast.calibration.metrics import constant_baseline
 from caop_fast.calibration.table import format_table, format_value, metric_rows
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PAGE_NAME = "demo.html"
 CALIBRATION_KEYS = ("accuracy", "mean_confidence", "overconfidence_gap", "ece", "brier", "spr", "auroc")
 ENTROPY_KEYS = ("answer_entropy", "confidence_entropy")
-ARM_MEANINGS = {
+METHOD_MEANINGS = {
     "base": "the model before distillation",
     "opd": "plain on-policy distillation: answer and confidence both copied from the teacher, who saw the solution",
     "caop": "calibration-aware distillation: the teacher is told the student's own success rate",
@@ -36,13 +38,13 @@ UNREAD = (
     "of 1 in ECE and Brier here; the pictures show the answers that can be read."
 )
 
-Answers = Mapping[str, tuple[Any, Any, Any]]
+HeldOut = Mapping[str, tuple[Any, Any, Any]]
 
 
-def _arm(summary: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """An arm's figures as they are judged: an answer whose confidence cannot be read counts as an error of 1."""
-    arm = next((arm for arm in summary["arms"] if arm["name"] == name), None)
-    return arm and _judged(arm)
+def _method(summary: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """A method's figures as they are judged: an answer whose confidence cannot be read counts as an error of 1."""
+    method = next((method for method in summary["methods"] if method["name"] == name), None)
+    return method and _judged(method)
 
 
 def _judged(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,9 +58,9 @@ def _percent(value: float | None) -> str:
 
 
 def demo_verdict(summary: Mapping[str, Any]) -> str:
-    """Two sentences that follow from `summary["arms"]`: what plain distillation did, and what CaOP did about it.
+    """Two sentences that follow from `summary["methods"]`: what plain distillation did, and what CaOP did about it.
 
-    They say so when the expected effect did not appear, and when an arm needed to judge it was not run.
+    They say so when the expected effect did not appear, and when a method needed to judge it was not run.
     """
     return f"{_distillation_sentence(summary)} {_repair_sentence(summary)}"
 
@@ -68,12 +70,12 @@ def _known(*values: float | None) -> bool:
 
 
 def _distillation_sentence(summary: Mapping[str, Any]) -> str:
-    base, opd = _arm(summary, "base"), _arm(summary, "opd")
+    base, opd = _method(summary, "base"), _method(summary, "opd")
     if base is None or opd is None:
-        missing = " and ".join(name for name, arm in (("base", base), ("opd", opd)) if arm is None)
+        missing = " and ".join(name for name, method in (("base", base), ("opd", opd)) if method is None)
         return f"What plain on-policy distillation does cannot be judged, because {missing} was not run."
     needed = ("accuracy", "mean_confidence", "overconfidence_gap", "ece")
-    if not _known(*(arm.get(key) for arm in (base, opd) for key in needed)):
+    if not _known(*(method.get(key) for method in (base, opd) for key in needed)):
         return "What plain on-policy distillation does cannot be judged: base or opd states no readable confidence."
     change = opd["accuracy"] - base["accuracy"]
     accuracy = f"from {_percent(base['accuracy'])} to {_percent(opd['accuracy'])}"
@@ -102,17 +104,17 @@ def _distillation_sentence(summary: Mapping[str, Any]) -> str:
 
 
 def _repair_sentence(summary: Mapping[str, Any]) -> str:
-    opd, caop = _arm(summary, "opd"), _arm(summary, "caop")
+    opd, caop = _method(summary, "opd"), _method(summary, "caop")
     if opd is None or caop is None:
-        missing = " and ".join(name for name, arm in (("opd", opd), ("caop", caop)) if arm is None)
+        missing = " and ".join(name for name, method in (("opd", opd), ("caop", caop)) if method is None)
         return f"What CaOP changes cannot be judged, because {missing} was not run."
-    if not _known(*(arm.get(key) for arm in (opd, caop) for key in ("accuracy", "mean_confidence", "ece"))):
+    if not _known(*(method.get(key) for method in (opd, caop) for key in ("accuracy", "mean_confidence", "ece"))):
         return "What CaOP changes cannot be judged, because opd or caop states no readable confidence."
     expected = (caop.get("expected") or {}).get("ece")
     readings = f"{caop['ece']:.2f} by the confidence it writes"
     if expected is not None:
         readings += f", {expected:.2f} by the expected value of its confidence distribution"
-    base = _arm(summary, "base")
+    base = _method(summary, "base")
     before = f" (base {base['ece']:.2f})" if base and _known(base.get("ece")) else ""
     ranking = ""
     if _known(caop.get("auroc"), opd.get("auroc")):
@@ -141,28 +143,28 @@ READINGS = (
 
 
 def _readings(summary: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, heads, rows) per reading that at least one arm has."""
-    arms = summary["arms"]
+    """(title, heads, rows) per reading that at least one method has."""
+    methods = summary["methods"]
     tables = []
     for key, title in READINGS:
-        metrics = [arm if key is None else arm.get(key) for arm in arms]
+        metrics = [method if key is None else method.get(key) for method in methods]
         metrics = [_judged(m) if m else None for m in metrics]
         if any(metrics):
             columns = CALIBRATION_KEYS + (ENTROPY_KEYS if key is None else ())
             if any(m and m.get("n_unparsed") for m in metrics):
                 columns += ("n_unparsed",)
-            tables.append((title, *metric_rows([arm["name"] for arm in arms], metrics, columns)))
+            tables.append((title, *metric_rows([method["name"] for method in methods], metrics, columns)))
     return tables
 
 
 def demo_table(summary: Mapping[str, Any]) -> str:
-    """The arms of `summary` as tables for the terminal: sampled, expected-value and greedy reading, as far as known."""
+    """The methods of `summary` as tables for the terminal: sampled, expected-value and greedy reading where known."""
     return "\n\n".join(format_table(heads, rows, title=title) for title, heads, rows in _readings(summary))
 
 
 def demo_page(
     summary: Mapping[str, Any],
-    answers: Answers,
+    answers: HeldOut,
     out: str | os.PathLike[str],
     *,
     examples: Sequence[Mapping[str, Any]] = (),
@@ -170,23 +172,24 @@ def demo_page(
 ) -> Path:
     """Write `out`/demo.html, and with matplotlib reliability and history as .svg and .png; return the page's path.
 
-    summary: {"task", "seed", "seconds", "arms": [...], "history": [...]}, any number in it may be None.
-    answers: arm name -> (correct [n] in {0, 1}, confidence [n] in [0, 1] or NaN, expected [n] alike or None): held-out
-        answers of each arm, the confidence they state and the expected value of the confidence distribution.
-    examples: some prompts to show, each {"prompt": str, "reference": str, "answers": {arm: {"answer": str,
+    summary: {"task", "seed", "seconds", "methods": [...], "history": [...]}, any number in it may be None.
+    answers: method name -> (correct [n] in {0, 1}, confidence [n] in [0, 1] or NaN, expected [n] alike or None):
+        held-out answers of each method, the confidence they state and the mean of the confidence distribution.
+    examples: some prompts to show, each {"prompt": str, "reference": str, "answers": {method: {"answer": str,
         "correct": bool, "confidence": float | None}}}; all of it is escaped.
     command: what the user typed, to be shown; made up from task and seed when None.
     """
     out = Path(out)
-    names = [arm["name"] for arm in summary["arms"]]
+    names = [method["name"] for method in summary["methods"]]
     history = summary.get("history") or []
-    colors = plots.arm_colors([*names, *(record["arm"] for record in history)])
-    sampled = [Arm(name, *map(np.asarray, answers[name][:2])) for name in names if name in answers]
-    expected = [
-        Arm(name, *map(np.asarray, answers[name][::2]))
-        for name in names
-        if name in answers and answers[name][2] is not None
-    ]
+    colors = plots.model_colors([*names, *(record["method"] for record in history)])
+    sampled, expected = [], []
+    for name in names:
+        if name in answers:
+            correct, stated, mean = answers[name]
+            sampled.append(ModelAnswers(name, Answers(correct, stated)))
+            if mean is not None:
+                expected.append(ModelAnswers(name, Answers(correct, mean)))
     reason = plots.plots_unavailable()
     if reason is None:
         if sampled:
@@ -195,7 +198,7 @@ def demo_page(
             _save(out, "reliability-expected", plots.reliability_diagram(expected, colors=colors))
         if history:
             _save(out, "history", plots.history_plot(history, colors=colors))
-    n = max((len(arm.correct) for arm in sampled), default=0)
+    n = max((len(method.correct) for method in sampled), default=0)
     measured = [f"Measured on {n:,} held-out prompts that no training step has seen."] if n else []
     sections = [
         page.Section("What this is", _introduction(summary, colors)),
@@ -231,7 +234,7 @@ def _introduction(summary: Mapping[str, Any], colors: Mapping[str, str]) -> list
         "pronounce": "turn the spelling of an English word into its sounds (phonemes)",
         "sums": "add two numbers whose digits are partly smudged",
     }.get(summary["task"], f"the task “{summary['task']}”")
-    names = [arm["name"] for arm in summary["arms"]]
+    names = [method["name"] for method in summary["methods"]]
     return [
         f"A small language model learns to {task} and to say after each answer how sure it is."
         if summary["task"] in ("pronounce", "sums")
@@ -243,17 +246,17 @@ def _introduction(summary: Mapping[str, Any], colors: Mapping[str, str]) -> list
         "that was right.",
         page.bullets(
             [
-                page.join([page.dotted(name, colors[name]), f": {ARM_MEANINGS[name]}"])
+                page.join([page.dotted(name, colors[name]), f": {METHOD_MEANINGS[name]}"])
                 for name in names
-                if name in ARM_MEANINGS
+                if name in METHOD_MEANINGS
             ]
         ),
     ]
 
 
 def _plot_sections(
-    sampled: Sequence[Arm],
-    expected: Sequence[Arm],
+    sampled: Sequence[ModelAnswers],
+    expected: Sequence[ModelAnswers],
     history: Sequence[Mapping[str, Any]],
     colors: Mapping[str, str],
     reason: str | None,
@@ -279,22 +282,23 @@ def _plot_sections(
         sections.append(page.Section("The same by expected value", [why, page.reliability_gallery(expected, colors)]))
     if sampled or history:
         figures = []
+
+        def drawn(panel: str) -> Callable[[str], Figure]:
+            return lambda theme: plots.history_plot(history, panels=(panel,), theme=theme, colors=colors)
+
         if history:
             figures += [
-                page.themed_image(
-                    lambda theme, panel=panel: plots.history_plot(history, panels=(panel,), theme=theme, colors=colors),
-                    alt=alt,
-                )
+                page.themed_image(drawn(panel), alt=alt)
                 for panel, alt in (
-                    ("gap", "Overconfidence gap against training steps, one line per arm"),
-                    ("claim", "Accuracy and mean confidence against training steps, one line per arm"),
+                    ("gap", "Overconfidence gap against training steps, one line per method"),
+                    ("claim", "Accuracy and mean confidence against training steps, one line per method"),
                 )
             ]
         if sampled:
             figures.append(
                 page.themed_image(
                     lambda theme: plots.risk_coverage_plot(expected or sampled, theme=theme, colors=colors),
-                    alt="Error rate among the most confident answers against the share kept, one line per arm",
+                    alt="Error rate among the most confident answers against the share kept, one line per method",
                     caption=f"By {'the expected value' if expected else 'the stated confidence'}. A line that falls to "
                     "the left: the confidence tells which answers to trust.",
                 )
@@ -307,7 +311,7 @@ def _plot_sections(
 
 
 def _history_words(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    gaps = [(r["step"], r["gap"]) for r in history if r["arm"] == "opd" and r.get("gap") is not None]
+    gaps = [(r["step"], r["gap"]) for r in history if r["method"] == "opd" and r.get("gap") is not None]
     if len(gaps) < 2:
         return []
     (first, start), (last, end) = min(gaps), max(gaps)
@@ -346,7 +350,7 @@ def _examples(examples: Sequence[Mapping[str, Any]], names: Sequence[str], color
     return page.table(heads, rows, words=True)
 
 
-def _limits(summary: Mapping[str, Any], sampled: Sequence[Arm]) -> list[str]:
+def _limits(summary: Mapping[str, Any], sampled: Sequence[ModelAnswers]) -> list[str]:
     k = summary.get("rollouts_per_prompt")
     rollouts = f"{k} rollouts" if k else "a handful of rollouts"
     limits = [
@@ -359,23 +363,23 @@ def _limits(summary: Mapping[str, Any], sampled: Sequence[Arm]) -> list[str]:
         "A constant confidence equal to the accuracy has no gap and almost no ECE, and tells nobody which answers to "
         "trust. Only SPR, AUROC and Brier show whether it does.",
     ]
-    by_name = {arm.name: arm for arm in sampled}
+    by_name = {method.name: method for method in sampled}
     if "caop" in by_name:
-        arm = by_name["caop"]
-        constant = constant_baseline(arm.correct)
-        floor = ece_floor(arm.confidence)
+        method = by_name["caop"]
+        constant = constant_baseline(method.correct)
+        floor = ece_floor(method.confidence)
         if constant.get("brier") is not None and floor is not None:
             limits[-1] += (
                 f" Always stating CaOP's accuracy would score Brier {constant['brier']:.3f} and AUROC 0.5 here; a "
                 "perfectly "
                 f"calibrated model with CaOP's confidences would still measure an ECE of about {floor['mean']:.3f} on "
-                f"{len(arm.correct):,} answers."
+                f"{len(method.correct):,} answers."
             )
-    masked, caop = _arm(summary, "masked"), _arm(summary, "caop")
+    masked, caop = _method(summary, "masked"), _method(summary, "caop")
     if masked and caop and _known(masked.get("ece"), caop.get("ece")):
         text = "The control “masked” takes no loss on the confidence value at all: compare CaOP with it, too. "
         text += f"Its sampled ECE is {masked['ece']:.3f} against CaOP's {caop['ece']:.3f}"
-        by_mean = [(arm.get("expected") or {}).get("ece") for arm in (masked, caop)]
+        by_mean = [(method.get("expected") or {}).get("ece") for method in (masked, caop)]
         if _known(*by_mean):
             text += f", by the expected value {by_mean[0]:.3f} against {by_mean[1]:.3f}"
         limits.append(text + ".")

@@ -25,7 +25,7 @@ class Bar:
         """Show that `done` of the total are done."""
         self._done = done
         now = time.monotonic()
-        if self._bars is not None:
+        if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=done)
         elif done >= self._total:
             print(f"{self._label}: done in {now - self._begin:.0f} s", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The published recipe of each task: how its base model is made and how its arms are trained."""
+"""The published recipe of each task: how its base model is made and how its methods are trained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from caop_fast.training import TrainConfig
 
 
 class Recipe(NamedTuple):
-    """Pretraining of the base model, and what all trained arms share."""
+    """Pretraining of the base model, and what all trained methods share."""
 
     base: BaseConfig
     train: TrainConfig
@@ -17,9 +17,9 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "pronounce": Recipe(BaseConfig(), TrainConfig(steps=100, learning_rate=5e-4)),
-    # Carrying digits takes more practice than spelling. The arms get more steps, because their confidence is compared
-    # with the truth, and a frozen teacher: one that follows the student for that long can forget how to read its note,
-    # and CaOP then ends as certain as plain distillation.
+    # Carrying digits takes more practice than spelling. Distillation gets more steps, because confidence is compared
+    # with the truth here, and a frozen teacher: one that follows the student for that long can forget how to read its
+    # note, and CaOP then ends as certain as plain distillation.
     "sums": Recipe(
         BaseConfig(steps=450, bare_per_step=160, example_per_step=64),
         TrainConfig(steps=150, learning_rate=3e-4, ema_rate=0.0),

@@ -1,4 +1,4 @@
-"""The demo from start to end: base model, arms side by side, page. A stopped run goes on where it was."""
+"""The demo from start to end: base model, methods side by side, page. A stopped run goes on where it was."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ from filelock import FileLock, Timeout
 from caop_fast.calibration import parse_confidence
 from caop_fast.calibration.files import write_atomic
 from caop_fast.caop import answer_text
-from caop_fast.demo.arms import ArmJob, read_answers, run_arm
 from caop_fast.demo.base import BaseConfig, pretrain
+from caop_fast.demo.methods import MethodJob, read_answers, run_method
 from caop_fast.demo.page import demo_page
 from caop_fast.demo.progress import Progress
 from caop_fast.demo.recipes import RECIPES
-from caop_fast.demo.task import TASK_NAMES, Task, load_task
+from caop_fast.demo.task import Task
+from caop_fast.demo.tasks import TASK_NAMES, load_task
 from caop_fast.training import ARMS, TrainConfig
 
-ALL_ARMS = ("base", *ARMS)
+ALL_METHODS = ("base", *ARMS)
 PHASES = {"train": "distil", "evaluate": "held-out answers"}
 N_EXAMPLES = 8
-ARM_LOCK = ".lock"  # in an arm's folder, held by its process
-STOP_SECONDS = 20  # for the arms to finish their step and save, once the run is being stopped
+METHOD_LOCK = ".lock"  # in a method's folder, held by its process
+STOP_SECONDS = 20  # for the methods to finish their step and save, once the run is being stopped
 
 
-class ArmFailed(RuntimeError):
-    """An arm's process failed; the message has its traceback, or its exit code where it left none."""
+class MethodFailed(RuntimeError):
+    """A method's process failed; the message has its traceback, or its exit code where it left none."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,16 @@ class DemoConfig:
     Attributes:
         task: ``pronounce`` or ``sums``.
         seed: of data order, weights and rollouts.
-        arms: a subset of base, opd, caop, direct, masked.
+        methods: a subset of base, opd, caop, direct, masked.
         out: the run's folder.
         base: the base model's recipe, None for the task's own; its seed is replaced by `seed`.
-        train: what all trained arms share, None for the task's own; arm, seed and the task's budgets are filled in.
+        train: what all trained methods share, None for the task's own; arm, seed and the task's budgets are filled in.
         heldout: how many held-out prompts to answer; None is all.
     """
 
     task: str = "pronounce"
     seed: int = 0
-    arms: tuple[str, ...] = ALL_ARMS
+    methods: tuple[str, ...] = ALL_METHODS
     out: Path = Path("runs/demo")
     base: BaseConfig | None = None
     train: TrainConfig | None = None
@@ -71,27 +72,32 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.task not in TASK_NAMES:
             raise ValueError(f"task must be one of {', '.join(TASK_NAMES)}, got {self.task!r}")
-        unknown = [a for a in self.arms if a not in ALL_ARMS]
-        if unknown or not self.arms or len(set(self.arms)) < len(self.arms):
+        unknown = [m for m in self.methods if m not in ALL_METHODS]
+        if unknown or not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(
-                f"arms must be distinct and among {', '.join(ALL_ARMS)}, got {', '.join(self.arms) or 'none'}"
+                f"methods must be distinct and among {', '.join(ALL_METHODS)}, got {', '.join(self.methods) or 'none'}"
             )
-        if self.base is None:
-            object.__setattr__(self, "base", RECIPES[self.task].base)
-        if self.train is None:
-            object.__setattr__(self, "train", RECIPES[self.task].train)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed!r}")
 
+    @property
+    def base_config(self) -> BaseConfig:
+        """How the base model is pretrained."""
+        return dataclasses.replace(self.base or RECIPES[self.task].base, seed=self.seed)
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """What all trained methods share."""
+        return self.train or RECIPES[self.task].train
+
     def recipe(self) -> dict[str, Any]:
         """All that the numbers depend on, as plain values: two runs may share work only if these are equal."""
-        base = dataclasses.asdict(dataclasses.replace(self.base, seed=self.seed))
         return {
             "task": self.task,
             "seed": self.seed,
             "heldout": self.heldout,
-            "base": base,
-            "train": self.train.to_dict(),
+            "base": dataclasses.asdict(self.base_config),
+            "train": self.train_config.to_dict(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -100,12 +106,12 @@ class DemoConfig:
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Run what is not yet done in ``config.out`` and return the summary that is also written to ``summary.json``.
 
-    A finished run, or one with another recipe, is moved aside first, never overwritten. On Ctrl-C every arm finishes
+    A finished run, or one with another recipe, is moved aside first, never overwritten. On Ctrl-C every method finishes
     its step and saves; the same call then goes on from there.
 
     Raises:
         ValueError: ``config.out`` is in use by another demo, is no folder, or holds other things.
-        ArmFailed: the process of an arm failed; the others were stopped.
+        MethodFailed: the process of a method failed; the others were stopped.
     """
     # The folder itself is what is locked and moved, not a link to it, and "." has no place beside it.
     config = dataclasses.replace(config, out=config.out.resolve())
@@ -123,7 +129,7 @@ def _run_demo(config: DemoConfig) -> dict[str, Any]:
         if moved is not None:
             progress.say(f"The earlier run was moved to {moved}")
         _train_base(config, task, progress)
-        _run_arms(config, task, progress)
+        _run_methods(config, task, progress)
         progress.say("Writing the page")
         summary = _summarise(config, time.monotonic() - begin)
         demo_page(summary, _answers(config), config.out, examples=_examples(config, task), command=_command(config))
@@ -134,7 +140,7 @@ def _run_demo(config: DemoConfig) -> dict[str, Any]:
 def _only_demo_in(out: Path) -> Iterator[None]:
     """Holds `out` for this run alone. The lock lies beside the folder, which is moved; a file left behind is harmless.
 
-    An arm outlives a killed parent by the step it is in, so the arms' own locks are waited for, too.
+    A method outlives a killed parent by the step it is in, so the methods' own locks are waited for, too.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r} is not a folder; name an empty or a new one")
@@ -145,7 +151,7 @@ def _only_demo_in(out: Path) -> Iterator[None]:
     except Timeout:
         raise _in_use(out) from None
     try:
-        for left in out.glob(f"arms/*/{ARM_LOCK}"):
+        for left in out.glob(f"methods/*/{METHOD_LOCK}"):
             try:
                 with FileLock(left, timeout=STOP_SECONDS):
                     pass
@@ -186,7 +192,7 @@ def _train_base(config: DemoConfig, task: Task, progress: Progress) -> None:
     if final.exists():
         progress.say("Base model: done before, reused")
         return
-    base = dataclasses.replace(config.base, seed=config.seed)
+    base = config.base_config
     tokenizer = task.tokenizer()
     bar = progress.bar("Base model, from scratch", base.steps)
     model = pretrain(task, tokenizer, base, on_step=lambda step, loss: bar.advance_to(step))
@@ -196,35 +202,35 @@ def _train_base(config: DemoConfig, task: Task, progress: Progress) -> None:
     os.replace(building, final)
 
 
-def _jobs(config: DemoConfig, task: Task) -> list[ArmJob]:
+def _jobs(config: DemoConfig, task: Task) -> list[MethodJob]:
     train = dataclasses.replace(
-        config.train,
+        config.train_config,
         seed=config.seed,
         max_new_tokens=task.max_new_tokens,
         max_prompt_tokens=task.max_prompt_tokens,
-        max_teacher_prompt_tokens=task.teacher.max_tokens,
+        max_teacher_prompt_tokens=task.max_teacher_prompt_tokens,
     )
     return [
-        ArmJob(
+        MethodJob(
             name=name,
             task=config.task,
             seed=config.seed,
             folder=config.out,
-            train=None if name == "base" else dataclasses.replace(train, arm=name),
+            train=None if name == "base" else TrainConfig.from_dict({**train.to_dict(), "arm": name}),
             heldout=config.heldout,
         )
-        for name in config.arms
+        for name in config.methods
     ]
 
 
-def _run_arms(config: DemoConfig, task: Task, progress: Progress) -> None:
-    """Run the arms that are not done, as many at a time as there are cores."""
+def _run_methods(config: DemoConfig, task: Task, progress: Progress) -> None:
+    """Run the methods that are not done, as many at a time as there are cores."""
     context = multiprocessing.get_context("spawn")
     waiting = []
-    totals = {"train": config.train.steps, "evaluate": 2 * len(task.rows("heldout")[: config.heldout])}
+    totals = {"train": config.train_config.steps, "evaluate": 2 * len(task.rows("heldout")[: config.heldout])}
     for job in _jobs(config, task):
         if job.result_path.exists():
-            progress.say(f"Arm {job.name}: done before, reused")
+            progress.say(f"Method {job.name}: done before, reused")
         else:
             waiting.append(job)
     waiting.sort(key=lambda job: job.train is None)  # the short one last: it fills the gap at the end
@@ -236,7 +242,7 @@ def _run_arms(config: DemoConfig, task: Task, progress: Progress) -> None:
         while waiting or running:
             while waiting and len(running) < limit:
                 job = waiting.pop(0)
-                process = context.Process(target=_arm_process, args=(job, messages, stop), name=f"arm {job.name}")
+                process = context.Process(target=_method_process, args=(job, messages, stop), name=f"method {job.name}")
                 process.start()
                 running[job.name] = process
             try:
@@ -244,21 +250,21 @@ def _run_arms(config: DemoConfig, task: Task, progress: Progress) -> None:
             except queue.Empty:
                 died = [name for name, process in running.items() if process.exitcode not in (None, 0)]
                 if died:
-                    raise ArmFailed(f"arm {died[0]} ended with exit code {running[died[0]].exitcode}") from None
+                    raise MethodFailed(f"method {died[0]} ended with exit code {running[died[0]].exitcode}") from None
                 continue
             if kind == "failed":
-                raise ArmFailed(f"arm {name} failed:\n{value}")
+                raise MethodFailed(f"method {name} failed:\n{value}")
             if kind == "done":
                 running.pop(name).join()
                 continue
             if (name, kind) not in bars:  # a phase's clock starts with its first report
-                bars[name, kind] = progress.bar(f"Arm {name}: {PHASES[kind]}", totals[kind])
+                bars[name, kind] = progress.bar(f"Method {name}: {PHASES[kind]}", totals[kind])
             bars[name, kind].advance_to(value)
 
 
 @contextlib.contextmanager
 def _stopped_together(running: dict[str, Any], stop: Any) -> Iterator[None]:
-    """However the block ends, no arm is left running: they are asked to save and stop, then made to."""
+    """However the block ends, no method is left running: they are asked to save and stop, then made to."""
     try:
         yield
     finally:
@@ -271,24 +277,25 @@ def _stopped_together(running: dict[str, Any], stop: Any) -> Iterator[None]:
                 process.join()
 
 
-def _arm_process(job: ArmJob, messages: Any, stop: Any) -> None:
+def _method_process(job: MethodJob, messages: Any, stop: Any) -> None:
     # The terminal's Ctrl-C reaches every process of its group; the parent alone decides, and says so through `stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_if_told() -> None:
-        if not multiprocessing.parent_process().is_alive() or stop.is_set():
+        parent = multiprocessing.parent_process()
+        if stop.is_set() or (parent is not None and not parent.is_alive()):
             raise KeyboardInterrupt
 
     def report(kind: str, value: int) -> None:
         end_if_told()
         messages.put((job.name, kind, value))
 
-    lock = job.result_path.with_name(ARM_LOCK)
+    lock = job.result_path.with_name(METHOD_LOCK)
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock, timeout=STOP_SECONDS):
             end_if_told()  # a parent that died before the lock was taken may have a successor by now
-            run_arm(job, report)
+            run_method(job, report)
         messages.put((job.name, "done", None))
     except KeyboardInterrupt:
         messages.cancel_join_thread()  # nobody may be reading any more
@@ -299,12 +306,12 @@ def _arm_process(job: ArmJob, messages: Any, stop: Any) -> None:
 
 def _summarise(config: DemoConfig, seconds: float) -> dict[str, Any]:
     results = {}
-    for name in config.arms:
-        results[name] = json.loads((config.out / "arms" / name / "result.json").read_text(encoding="utf-8"))
-    arms = [results[name]["arm"] for name in config.arms]
+    for name in config.methods:
+        results[name] = json.loads((config.out / "methods" / name / "result.json").read_text(encoding="utf-8"))
+    methods = [results[name]["method"] for name in config.methods]
     start = []
     if "base" in results:
-        base = results["base"]["arm"]
+        base = results["base"]["method"]
         start = [
             {**{k: base[k] for k in ("accuracy", "mean_confidence", "ece", "answer_entropy", "confidence_entropy")}}
         ]
@@ -313,12 +320,12 @@ def _summarise(config: DemoConfig, seconds: float) -> dict[str, Any]:
         "task": config.task,
         "seed": config.seed,
         "seconds": round(seconds, 1),
-        "n_heldout": arms[0]["n"] if arms else 0,
-        "rollouts_per_prompt": config.train.rollouts_per_prompt,
-        "arms": arms,
+        "n_heldout": methods[0]["n"] if methods else 0,
+        "rollouts_per_prompt": config.train_config.rollouts_per_prompt,
+        "methods": methods,
         "history": [
-            {"arm": name, **record}
-            for name in config.arms
+            {"method": name, **record}
+            for name in config.methods
             if name != "base"
             for record in (*start, *results[name]["history"])
         ],
@@ -331,20 +338,21 @@ def _summarise(config: DemoConfig, seconds: float) -> dict[str, Any]:
 
 def _answers(config: DemoConfig) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     answers = {}
-    for name in config.arms:
+    for name in config.methods:
         records = read_answers(config.out, name)
         columns = ([r[k] for r in records] for k in ("correct", "confidence", "expected"))
-        answers[name] = tuple(np.array(c, dtype=np.float64) for c in columns)
+        correct, confidence, expected = (np.array(c, dtype=np.float64) for c in columns)
+        answers[name] = (correct, confidence, expected)
     return answers
 
 
 def _examples(config: DemoConfig, task: Task) -> list[dict[str, Any]]:
-    """The first held-out prompts (their order is random), as every arm answered them."""
+    """The first held-out prompts (their order is random), as every method answered them."""
     rows = task.rows("heldout")[: config.heldout][:N_EXAMPLES]
     examples = [
         {"prompt": row.get("word", row["prompt"]), "reference": row["demonstration"], "answers": {}} for row in rows
     ]
-    for name in config.arms:
+    for name in config.methods:
         for example, record in zip(examples, read_answers(config.out, name), strict=False):
             parsed = parse_confidence(record["response"])
             example["answers"][name] = {
@@ -357,6 +365,6 @@ def _examples(config: DemoConfig, task: Task) -> list[dict[str, Any]]:
 
 def _command(config: DemoConfig) -> str:
     parts: Sequence[str] = ("caop-fast", "demo", "--task", config.task, "--seed", str(config.seed))
-    if config.arms != ALL_ARMS:
-        parts = (*parts, "--arms", *config.arms)
+    if config.methods != ALL_METHODS:
+        parts = (*parts, "--methods", *config.methods)
     return " ".join(parts)

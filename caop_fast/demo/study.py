@@ -24,11 +24,11 @@ import numpy as np
 
 from caop_fast.calibration.counts import Answers
 from caop_fast.calibration.files import write_atomic
-from caop_fast.calibration.intervals import percentiles, resample_metrics
-from caop_fast.calibration.metrics import METRICS
-from caop_fast.demo.arms import read_answers
-from caop_fast.demo.run import ALL_ARMS, DemoConfig, run_demo
-from caop_fast.demo.task import TASK_NAMES
+from caop_fast.calibration.formulas import METRICS
+from caop_fast.calibration.intervals import Resampling, percentiles, resample_metrics
+from caop_fast.demo.methods import read_answers
+from caop_fast.demo.run import ALL_METHODS, DemoConfig, run_demo
+from caop_fast.demo.tasks import TASK_NAMES
 
 COMPARED = (("opd", "base"), ("caop", "opd"), ("direct", "opd"), ("masked", "opd"), ("caop", "masked"))
 SHOWN = (
@@ -61,8 +61,8 @@ DIFFERENCES = {
 N_RESAMPLES = 2000
 
 
-def read_arm(folder: Path, name: str, reading: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """``(prompt ids, correct, confidence)`` of a finished run's arm by one of `READINGS`."""
+def read_method(folder: Path, name: str, reading: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """``(prompt ids, correct, confidence)`` of a finished run's method by one of `READINGS`."""
     records = read_answers(folder, name, greedy=reading.startswith("greedy"))
     key = "expected" if reading.endswith("expected") else "confidence"
     return (
@@ -77,9 +77,8 @@ def finished_run(config: DemoConfig) -> dict[str, Any]:
     summary = config.out / "summary.json"
     if summary.exists():
         found = json.loads(summary.read_text(encoding="utf-8"))
-        if found["recipe"] == json.loads(json.dumps(config.recipe())) and {a["name"] for a in found["arms"]} == set(
-            ALL_ARMS
-        ):
+        whole = {method["name"] for method in found["methods"]} == set(ALL_METHODS)
+        if whole and found["recipe"] == json.loads(json.dumps(config.recipe())):
             return found
     return run_demo(config)
 
@@ -87,29 +86,30 @@ def finished_run(config: DemoConfig) -> dict[str, Any]:
 def differences(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Mean over the seeds of each compared pair's difference, with a 95 % interval.
 
-    Prompts are drawn with replacement, and one draw serves all arms and every seed that holds the prompt, so what a
+    Prompts are drawn with replacement, and one draw serves all methods and every seed that holds the prompt, so what a
     prompt contributes everywhere cancels. Seeds are not resampled: they are listed instead.
     """
     result = []
     for reading, metrics in DIFFERENCES.items():
-        read = {(name, folder): read_arm(folder, name, reading) for name in ALL_ARMS for folder in folders}
+        read = {(name, folder): read_method(folder, name, reading) for name in ALL_METHODS for folder in folders}
         numbers = {i: k for k, i in enumerate(sorted({i for ids, _, _ in read.values() for i in ids}))}
-        arms = {key: Answers(correct, confidence) for key, (_, correct, confidence) in read.items()}
+        methods = {key: Answers(correct, confidence) for key, (_, correct, confidence) in read.items()}
         clusters = [np.array([numbers[i] for i in ids]) for ids, _, _ in read.values()]
-        paired = list(zip(arms.values(), clusters, strict=True))
-        draws = dict(zip(arms, resample_metrics(paired, len(numbers), metrics, N_RESAMPLES, seed=0), strict=True))
+        paired = list(zip(methods.values(), clusters, strict=True))
+        drawn = resample_metrics(paired, len(numbers), metrics, Resampling(N_RESAMPLES))
+        draws = dict(zip(methods, drawn, strict=True))
         for a, b in COMPARED:
             for metric in metrics:
-                at = [[float(METRICS[metric](arms[x, f].counts())[0]) for f in folders] for x in (a, b)]
+                at = [[float(METRICS[metric](methods[x, f].counts())[0]) for f in folders] for x in (a, b)]
                 point = [None if math.isnan(x - y) else x - y for x, y in zip(*at, strict=True)]
                 known = [d for d in point if d is not None]
-                drawn = np.mean([draws[a, f][metric] - draws[b, f][metric] for f in folders], axis=0)
-                low, high = percentiles(drawn, 0.95) or (None, None)
+                change = np.mean([draws[a, f][metric] - draws[b, f][metric] for f in folders], axis=0)
+                low, high = percentiles(change, 0.95) or (None, None)
                 result.append(
                     {
                         "reading": reading,
                         "metric": metric,
-                        "arm": a,
+                        "method": a,
                         "against": b,
                         "mean": sum(known) / len(known) if len(known) == len(point) else None,
                         "low": low,
@@ -121,21 +121,21 @@ def differences(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def summarise(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """``reading -> arm -> metric -> [value of each seed]``."""
+    """``reading -> method -> metric -> [value of each seed]``."""
     nested = {
-        "sampled": lambda arm: arm,
-        "expected": lambda arm: arm["expected"],
-        "greedy": lambda arm: arm["greedy"],
-        "greedy expected": lambda arm: arm["greedy"]["expected"],
+        "sampled": lambda method: method,
+        "expected": lambda method: method["expected"],
+        "greedy": lambda method: method["greedy"],
+        "greedy expected": lambda method: method["greedy"]["expected"],
     }
     table: dict[str, dict[str, dict[str, list[float]]]] = {}
     for reading in READINGS:
         for summary in summaries:
-            for arm in summary["arms"]:
-                entry = nested[reading](arm)
+            for method in summary["methods"]:
+                entry = nested[reading](method)
                 for metric in (*SHOWN, "closed_form_mae"):
                     if metric in entry:
-                        table.setdefault(reading, {}).setdefault(arm["name"], {}).setdefault(metric, []).append(
+                        table.setdefault(reading, {}).setdefault(method["name"], {}).setdefault(metric, []).append(
                             entry[metric]
                         )
     return table
@@ -157,27 +157,27 @@ def report(record: dict[str, Any]) -> str:
         "answers; an answer whose confidence cannot be read counts as an error of 1 in ECE and Brier.",
         "",
     ]
-    for reading, arms in record["readings"].items():
-        columns = [m for m in (*SHOWN, "closed_form_mae") if any(m in metrics for metrics in arms.values())]
+    for reading, methods in record["readings"].items():
+        columns = [m for m in (*SHOWN, "closed_form_mae") if any(m in metrics for metrics in methods.values())]
         lines += [f"## {reading.capitalize()}", ""]
-        lines.append("| arm | " + " | ".join(HEADS[c] for c in columns) + " |")
+        lines.append("| method | " + " | ".join(HEADS[c] for c in columns) + " |")
         lines.append("|---" * (len(columns) + 1) + "|")
-        for name, metrics in arms.items():
+        for name, metrics in methods.items():
             cells = [_cell(metrics[c]) for c in columns]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [
-        "## Differences between arms",
+        "## Differences between methods",
         "",
         f"Mean over the seeds with a 95 % paired bootstrap interval ({N_RESAMPLES} draws of prompts, each shared by "
-        "all arms and seeds that hold the prompt); then each seed.",
+        "all methods and seeds that hold the prompt); then each seed.",
         "",
         "| reading | metric | difference | mean | 95 % interval | seeds |",
         "|---|---|---|---|---|---|",
     ]
     for d in record["differences"]:
         lines.append(
-            f"| {d['reading']} | {HEADS[d['metric']]} | {d['arm']} − {d['against']} | {_signed(d['mean'])} | "
+            f"| {d['reading']} | {HEADS[d['metric']]} | {d['method']} − {d['against']} | {_signed(d['mean'])} | "
             f"{_signed(d['low'])} to {_signed(d['high'])} | {', '.join(map(_signed, d['seeds']))} |"
         )
     return "\n".join(lines) + "\n"
@@ -230,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seeds": args.seeds,
         "seconds": [s["seconds"] for s in summaries],
         "n_heldout": summaries[0]["n_heldout"],
-        "base": dataclasses.asdict(configs[0].base),
-        "train": configs[0].train.to_dict(),
+        "base": dataclasses.asdict(configs[0].base_config),
+        "train": configs[0].train_config.to_dict(),
         "readings": summarise(summaries),
         "differences": differences(folders),
     }

@@ -96,12 +96,10 @@ class Task(ABC):
     @cached_property
     def teacher(self) -> TeacherContext:
         """The privileged context: ``c a t <example> K AE T <note> 0.60``, the note only when a confidence is given."""
-        # <bos> prompt <example> demonstration <note> value <answer>, and a statement, should the example hold one.
-        statement = len(self.style.label.split()) + 1
         return TeacherContext(
             template=f"{{prompt}} {EXAMPLE} {{demonstration}} {{note}}",
             note=f"{NOTE} {{confidence}}",
-            max_tokens=1 + self.max_prompt_words + 1 + self.max_answer_words + statement + 2 + 1,
+            max_tokens=self.max_teacher_prompt_tokens,
         )
 
     @property
@@ -110,27 +108,13 @@ class Task(ABC):
         return self.max_prompt_words + 2
 
     @property
+    def max_teacher_prompt_tokens(self) -> int:
+        """The longest prompt of the teacher in tokens, with a statement, should the example hold one."""
+        # <bos> prompt <example> demonstration statement <note> value <answer>
+        statement = len(self.style.label.split()) + 1
+        return 1 + self.max_prompt_words + 1 + self.max_answer_words + statement + 2 + 1
+
+    @property
     def max_new_tokens(self) -> int:
         """The longest completion that can be right (answer, statement, ``<eos>``), with room for one stray word."""
         return self.max_answer_words + len(self.style.label.split()) + 1 + 1 + 1
-
-
-def load_task(name: str, *, seed: int = 0) -> Task:
-    """The task called `name`: ``pronounce`` (the same rows for every seed) or ``sums`` (rows drawn from `seed`).
-
-    Raises:
-        ValueError: no task has that name.
-    """
-    # Imported here: each task module imports this one.
-    if name == "pronounce":
-        from caop_fast.demo.pronounce import Pronounce
-
-        return Pronounce()
-    if name == "sums":
-        from caop_fast.demo.sums import Sums
-
-        return Sums(seed=seed)
-    raise ValueError(f"name must be one of {', '.join(TASK_NAMES)}, got {name!r}")
-
-
-TASK_NAMES: tuple[str, ...] = ("pronounce", "sums")

@@ -13,11 +13,12 @@ so a prompt is always a prefix of its finished conversation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from caop_fast.caop.style import ConfidenceStyle
 
@@ -83,7 +84,7 @@ def word_level_tokenizer(
     )
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Encode rendered texts in one call of the fast tokenizer: no special tokens added, no padding, no cut.
 
     Args:
@@ -123,7 +124,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
 
 
 def encode_chats(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Mapping[str, str]]],
     *,
     add_generation_prompt: bool = True,
@@ -140,8 +141,8 @@ def encode_chats(
     Returns:
         the token ids, one list per conversation.
     """
-    chats = [list(conversation) for conversation in conversations]
+    chats = [[dict(message) for message in conversation] for conversation in conversations]
     if not chats:
         return []
     texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return encode_texts(tokenizer, texts)
+    return encode_texts(tokenizer, cast(list[str], texts))  # text, since tokenize=False

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,22 +11,13 @@ from typing import Any
 
 import torch
 
+from caop_fast.calibration.files import replacing
+
 
 def save_atomically(state: dict[str, Any], path: str | Path) -> None:
     """Write `state` (tensors, plain values) to `path`; a crash leaves the old file or the new one, not half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

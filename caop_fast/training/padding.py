@@ -18,7 +18,9 @@ def pad_right(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.dev
     return _pad(sequences, pad_id, device, left=False)
 
 
-def _pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str, *, left: bool):
+def _pad(
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str, *, left: bool
+) -> tuple[Tensor, Tensor]:
     longest = max((len(s) for s in sequences), default=0)
     ids, mask = [], []
     for s in sequences:

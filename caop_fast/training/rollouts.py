@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from caop_fast.training.autocast import fresh_weight_casts
@@ -107,6 +108,9 @@ def sample_rollouts(
     model.eval()
     # generate() fills whatever `config` leaves open (penalties, min_p, stop strings, ...) from the model's own config.
     model.generation_config = config
+    generate = cast(
+        "Callable[..., Tensor]", model.generate
+    )  # of GenerationMixin, which PreTrainedModel is typed without
     rollouts: list[Rollout] = []
     step = max(1, batch_size // per_prompt)
     # Equal lengths side by side waste no compute on padding; the answers go back into prompt order below.
@@ -116,7 +120,7 @@ def sample_rollouts(
             for start in range(0, len(order), step):
                 chosen = order[start : start + step]
                 ids, mask = pad_left([prompts[i] for i in chosen], pad, device)
-                out = model.generate(ids, attention_mask=mask, generation_config=config)
+                out = generate(ids, attention_mask=mask, generation_config=config)
                 completions = out[:, ids.shape[1] :].tolist()
                 cut = [_until_stop(c, stops) for c in completions]
                 texts = tokenizer.batch_decode([c for c, _ in cut], skip_special_tokens=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def completion_hidden(
     last = out.last_hidden_state[:, -1:][index]
     if fed.shape[1] == 0:
         return last
-    cache = getattr(out, "past_key_values", None)
+    cache: Any = getattr(out, "past_key_values", None)  # a Cache of transformers, or what a recurrent model has
     try:
         cache.batch_select_indices(index)
     except AttributeError:  # no cache at all, or one with recurrent layers

@@ -213,9 +213,8 @@ def _micro_batch(
     loss, answer_entropy = torch.zeros((), device=device), torch.zeros((), device=device)
     if scored:
         with torch.no_grad():
-            h_teacher = completion_hidden(teacher, [g.teacher_prompt for g in groups], completions, **share).flatten(
-                0, 1
-            )
+            h_teacher = completion_hidden(teacher, [g.teacher_prompt for g in groups], completions, **share)
+            h_teacher = h_teacher.flatten(0, 1)
         teacher_head = language_head(teacher)
         rows = torch.tensor([i for i, _, _ in scored], device=device)
         is_value = torch.tensor([v for _, _, v in scored], device=device)
@@ -238,12 +237,14 @@ def _micro_batch(
             weights=torch.tensor([w / totals.tokens for _, w, _ in scored], device=device),
             reduction="sum",
         )
+        assert out.loss is not None  # only linear_distillation_rows gives none
         loss = loss + out.loss
         answer_entropy = (out.student_entropy * ~is_value).sum() / max(totals.answer, 1)
 
     h_value = h_student[torch.tensor([i for _, i, _ in values], dtype=torch.int64, device=device)]
     direct = [(k, t) for k, (_, _, t) in enumerate(values) if t is not None]
     if direct:
+        assert grid.tokens is not None  # `train` makes the grid of single tokens for this method
         confidence = linear_confidence_loss(
             h_value[torch.tensor([k for k, _ in direct], device=device)],
             head.weight,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ class EmaTeacher(nn.Module):
     @property
     def model(self) -> PreTrainedModel:
         """The teacher as a causal LM."""
-        return self.average.module
+        return cast("PreTrainedModel", self.average.module)
 
     @torch.no_grad()
     def update(self, student: PreTrainedModel) -> None:

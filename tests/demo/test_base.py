@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from caop_fast.demo.base import IGNORED, BaseConfig, PretrainingData, new_model, pretrain
-from caop_fast.demo.task import load_task
+from caop_fast.demo.tasks import load_task
 
 SMALL = BaseConfig(hidden_size=32, num_layers=1, steps=3, bare_per_step=6, example_per_step=40, warmup_steps=1)
 

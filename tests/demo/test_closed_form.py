@@ -5,7 +5,7 @@ import pytest
 
 from caop_fast.demo.base import BaseConfig, pretrain
 from caop_fast.demo.closed_form import success_probabilities
-from caop_fast.demo.task import load_task
+from caop_fast.demo.tasks import load_task
 from caop_fast.training import sample_rollouts, student_prompts
 
 

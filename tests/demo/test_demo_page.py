@@ -25,25 +25,26 @@ def metrics(accuracy: float, confidence: float, ece: float, auroc: float = 0.6) 
 
 
 def summary(**changes: dict) -> dict:
-    arms = {
+    methods = {
         "base": metrics(0.39, 0.40, 0.13),
         "opd": metrics(0.51, 0.998, 0.49, 0.50),
         "caop": {**metrics(0.512, 0.52, 0.33), "expected": metrics(0.512, 0.52, 0.033, 0.73)},
         "direct": metrics(0.5, 0.48, 0.03),
         "masked": metrics(0.5, 0.4, 0.1),
     }
-    arms.update(changes)
+    methods.update(changes)
     return {
         "task": "pronounce",
         "seed": 7,
         "seconds": 200.0,
-        "arms": [
-            {"name": name, "answer_entropy": 0.5, "confidence_entropy": None, **arm}
-            for name, arm in arms.items()
-            if arm
+        "methods": [
+            {"name": name, "answer_entropy": 0.5, "confidence_entropy": None, **method}
+            for name, method in methods.items()
+            if method
         ],
         "history": [
-            {"arm": "opd", "step": s, "accuracy": 0.4, "gap": g, "ece": g} for s, g in ((0, 0.0), (10, 0.6), (20, 0.5))
+            {"method": "opd", "step": s, "accuracy": 0.4, "gap": g, "ece": g}
+            for s, g in ((0, 0.0), (10, 0.6), (20, 0.5))
         ],
     }
 
@@ -150,7 +151,12 @@ def test_page_with_everything(tmp_path) -> None:
 
 
 def test_page_with_as_little_as_there_can_be(tmp_path) -> None:
-    bare = {"task": "other", "seed": 0, "seconds": None, "arms": [{"name": "base", **dict.fromkeys(CALIBRATION_KEYS)}]}
+    bare = {
+        "task": "other",
+        "seed": 0,
+        "seconds": None,
+        "methods": [{"name": "base", **dict.fromkeys(CALIBRATION_KEYS)}],
+    }
     text = demo_page(bare, {}, tmp_path).read_text()
     assert "cannot be judged" in text
     assert "caop-fast demo --task other --seed 0" in text
@@ -166,7 +172,7 @@ def test_page_without_matplotlib(tmp_path, monkeypatch) -> None:
 def test_page_takes_the_form_of_real_metrics_through_json(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)  # quick: the pictures are tested above
     data = answers()
-    arms = [
+    methods = [
         {
             "name": name,
             **calibration_metrics(y, c),
@@ -175,14 +181,14 @@ def test_page_takes_the_form_of_real_metrics_through_json(tmp_path, monkeypatch)
         }
         for name, (y, c, e) in data.items()
     ]
-    written = json.loads(json.dumps({**summary(), "arms": arms}))
+    written = json.loads(json.dumps({**summary(), "methods": methods}))
     assert "The control “masked”" in demo_page(written, data, tmp_path).read_text(encoding="utf-8")
 
 
 def test_the_masked_control_is_set_beside_caop_by_both_readings(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     given = summary(masked=metrics(0.5, 0.95, 0.45))
-    entries = {arm["name"]: arm for arm in given["arms"]}
+    entries = {method["name"]: method for method in given["methods"]}
     entries["masked"]["expected"], entries["caop"]["expected"] = metrics(0.5, 0.7, 0.222), metrics(0.5, 0.5, 0.033)
     text = demo_page(given, {}, tmp_path).read_text()
     assert f"sampled ECE is 0.450 against CaOP&#x27;s {entries['caop']['ece']:.3f}" in text
@@ -192,7 +198,7 @@ def test_the_masked_control_is_set_beside_caop_by_both_readings(tmp_path, monkey
 def test_an_unread_answer_counts_as_an_error_in_verdict_and_table() -> None:
     strict = {"ece_upper": 0.777, "accuracy_all": 0.111, "brier_upper": 0.888, "n_unparsed": 9}
     given = summary()
-    next(arm for arm in given["arms"] if arm["name"] == "opd").update(strict)
+    next(method for method in given["methods"] if method["name"] == "opd").update(strict)
     assert "to 0.78" in demo_verdict(given)
     row = next(line for line in demo_table(given).splitlines() if line.startswith("opd"))
     assert "0.777" in row

@@ -17,9 +17,9 @@ from filelock import FileLock, Timeout
 
 from caop_fast.calibration import calibration_metrics
 from caop_fast.cli import main
-from caop_fast.demo.arms import ArmJob
 from caop_fast.demo.base import BaseConfig
-from caop_fast.demo.run import ALL_ARMS, DemoConfig, _arm_process, prepare_folder, run_demo
+from caop_fast.demo.methods import MethodJob
+from caop_fast.demo.run import ALL_METHODS, DemoConfig, _method_process, prepare_folder, run_demo
 from caop_fast.training import TrainConfig
 from caop_fast.training.checkpoint import load_checkpoint
 
@@ -44,24 +44,24 @@ def lines(path):
 def test_the_summary_has_its_published_form(finished):
     out, summary = finished
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert {"task", "seed", "seconds", "arms", "history"} <= set(summary)
-    assert [arm["name"] for arm in summary["arms"]] == list(ALL_ARMS)
+    assert {"task", "seed", "seconds", "methods", "history"} <= set(summary)
+    assert [method["name"] for method in summary["methods"]] == list(ALL_METHODS)
     metrics = {"accuracy", "mean_confidence", "overconfidence_gap", "ece", "brier", "spr", "auroc"}
-    for arm in summary["arms"]:
-        assert metrics | {"answer_entropy", "confidence_entropy"} <= set(arm)
-        assert metrics <= set(arm["expected"])
-        assert metrics <= set(arm["greedy"])
-    for name in ALL_ARMS[1:]:
-        records = [r for r in summary["history"] if r["arm"] == name]
+    for method in summary["methods"]:
+        assert metrics | {"answer_entropy", "confidence_entropy"} <= set(method)
+        assert metrics <= set(method["expected"])
+        assert metrics <= set(method["greedy"])
+    for name in ALL_METHODS[1:]:
+        records = [r for r in summary["history"] if r["method"] == name]
         assert [r["step"] for r in records] == [0, 2, 3]
         assert {"accuracy", "gap", "ece", "answer_entropy", "confidence_entropy"} <= set(records[0])
 
 
 def test_the_numbers_are_those_of_the_answers_on_disk(finished):
     out, summary = finished
-    for arm in summary["arms"]:
-        for entry, suffix in ((arm, ""), (arm["greedy"], "-greedy")):
-            records = lines(out / "answers" / f"{arm['name']}{suffix}.jsonl")
+    for method in summary["methods"]:
+        for entry, suffix in ((method, ""), (method["greedy"], "-greedy")):
+            records = lines(out / "answers" / f"{method['name']}{suffix}.jsonl")
             assert len(records) == 60
             correct = [r["correct"] for r in records]
             for reading, key in ((entry, "confidence"), (entry["expected"], "expected")):
@@ -73,10 +73,10 @@ def test_the_numbers_are_those_of_the_answers_on_disk(finished):
 
 def test_all_arms_answer_the_same_prompts_and_learn_something_else(finished):
     out, _ = finished
-    answers = {name: lines(out / "answers" / f"{name}.jsonl") for name in ALL_ARMS}
+    answers = {name: lines(out / "answers" / f"{name}.jsonl") for name in ALL_METHODS}
     ids = [[r["prompt_id"] for r in records] for records in answers.values()]
     assert all(i == ids[0] for i in ids)
-    assert len({json.dumps([r["expected"] for r in records]) for records in answers.values()}) == len(ALL_ARMS)
+    assert len({json.dumps([r["expected"] for r in records]) for records in answers.values()}) == len(ALL_METHODS)
 
 
 def test_the_audit_reads_what_the_demo_wrote(finished, capsys):
@@ -84,7 +84,7 @@ def test_the_audit_reads_what_the_demo_wrote(finished, capsys):
     assert main(["audit", str(out / "answers" / "caop.jsonl"), "--json", "--resamples", "10"]) == 0
     report = json.loads(capsys.readouterr().out)
     text = json.dumps(report)
-    caop = next(arm for arm in summary["arms"] if arm["name"] == "caop")
+    caop = next(method for method in summary["methods"] if method["name"] == "caop")
     assert report
     assert str(caop["ece"])[:8] in text
 
@@ -98,8 +98,8 @@ def test_the_page_is_there_and_shows_the_verdict(finished):
 
 def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
     _, summary = finished
-    again = run_demo(config(tmp_path / "again", arms=("opd",)))
-    assert again["arms"][0] == summary["arms"][1]
+    again = run_demo(config(tmp_path / "again", methods=("opd",)))
+    assert again["methods"][0] == summary["methods"][1]
 
 
 def test_a_finished_run_is_moved_aside_never_overwritten(finished, tmp_path):
@@ -119,7 +119,7 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"task": "chess"}, {"arms": ("sft",)}, {"arms": ()}, {"arms": ("opd", "opd")}, {"seed": -1}]
+    "bad", [{"task": "chess"}, {"methods": ("sft",)}, {"methods": ()}, {"methods": ("opd", "opd")}, {"seed": -1}]
 )
 def test_bad_options_are_named(bad, tmp_path):
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -134,7 +134,7 @@ from caop_fast.training import TrainConfig
 if __name__ == "__main__":
     base = BaseConfig(hidden_size=32, num_layers=1, steps=3, bare_per_step=8, example_per_step=8, warmup_steps=1)
     train = TrainConfig(steps=100000, prompts_per_step=2, rollouts_per_prompt=2, checkpoint_every=1)
-    run_demo(DemoConfig(out=Path({out!r}), base=base, train=train, arms=("opd", "caop"), heldout=4))
+    run_demo(DemoConfig(out=Path({out!r}), base=base, train=train, methods=("opd", "caop"), heldout=4))
 """
 
 
@@ -152,11 +152,11 @@ def group_ends(group: int, seconds: float = 20.0) -> bool:
 
 @contextlib.contextmanager
 def two_arms_at_work(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, list[Path]]]:
-    """A demo in a process group of its own, once both its arms have saved; with the arms' checkpoints."""
+    """A demo in a process group of its own, once both its methods have saved; with the methods' checkpoints."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(out=str(tmp_path / "run")))
     process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.PIPE)
-    checkpoints = [tmp_path / "run" / "arms" / arm / "checkpoint.pt" for arm in ("opd", "caop")]
+    checkpoints = [tmp_path / "run" / "methods" / method / "checkpoint.pt" for method in ("opd", "caop")]
     try:
         deadline = time.monotonic() + 120
         while not all(c.exists() for c in checkpoints):
@@ -184,15 +184,15 @@ def test_arms_whose_parent_is_killed_save_and_end_and_keep_the_folder_until_then
         with pytest.raises(ValueError, match=r"out='.*run' is in use by another demo"):
             run_demo(config(tmp_path / "run", seed=1))
         assert not (tmp_path / "run.1").exists()
-        arm_locks = [c.with_name(".lock") for c in checkpoints]
-        for lock in arm_locks:
+        method_locks = [c.with_name(".lock") for c in checkpoints]
+        for lock in method_locks:
             with pytest.raises(Timeout):
                 FileLock(lock, timeout=0).acquire()
         process.terminate()
         assert process.wait(timeout=60) == -signal.SIGTERM
-        assert group_ends(process.pid), "arms go on without their parent"
+        assert group_ends(process.pid), "methods go on without their parent"
     assert all(load_checkpoint(c)["step"] >= 1 for c in checkpoints)
-    for lock in arm_locks:
+    for lock in method_locks:
         FileLock(lock, timeout=0).acquire()
 
 
@@ -201,11 +201,11 @@ HOLDER = (
 )
 
 
-@pytest.mark.parametrize("lock", [".run.lock", "run/arms/opd/.lock"])
+@pytest.mark.parametrize("lock", [".run.lock", "run/methods/opd/.lock"])
 def test_a_folder_in_use_is_refused_untouched_and_a_lock_left_behind_is_none(lock, tmp_path, monkeypatch):
     done = config(tmp_path / "run")
     prepare_folder(done)
-    (done.out / "arms" / "opd").mkdir(parents=True)
+    (done.out / "methods" / "opd").mkdir(parents=True)
     (done.out / "summary.json").write_text("{}")  # the next run would move it
     monkeypatch.setattr("caop_fast.demo.run.STOP_SECONDS", 0.2)
     monkeypatch.setattr("caop_fast.demo.run._train_base", lambda config, task, progress: 1 / 0)
@@ -244,22 +244,22 @@ def test_a_folder_by_another_name_is_moved_itself(name, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "run.json").exists()
 
 
-class TestArmProcess:
+class TestMethodProcess:
     @pytest.fixture
     def ended(self, tmp_path, monkeypatch):
-        """Run an arm's process in this one: (its work, whether the parent lives, whether to stop) -> its messages."""
+        """Run a method's process in this one: (its work, whether the parent lives, whether to stop) -> its messages."""
 
         def run(work, *, parent_lives=True, stopped=False):
             parent = types.SimpleNamespace(is_alive=lambda: parent_lives)
             monkeypatch.setattr("multiprocessing.parent_process", lambda: parent)
-            monkeypatch.setattr("caop_fast.demo.run.run_arm", work)
+            monkeypatch.setattr("caop_fast.demo.run.run_method", work)
             sent = []
             messages = types.SimpleNamespace(put=sent.append, cancel_join_thread=lambda: None)
             stop = types.SimpleNamespace(is_set=lambda: stopped)
-            job = ArmJob(name="opd", task="pronounce", seed=0, folder=tmp_path, train=TRAIN)
+            job = MethodJob(name="opd", task="pronounce", seed=0, folder=tmp_path, train=TRAIN)
             previous = signal.getsignal(signal.SIGINT)
             try:
-                _arm_process(job, messages, stop)
+                _method_process(job, messages, stop)
             finally:
                 signal.signal(signal.SIGINT, previous)
             return sent
@@ -271,7 +271,7 @@ class TestArmProcess:
         """It may come to life after its parent died; a successor may then be at work in the folder."""
         with pytest.raises(SystemExit) as exit_:
             ended(lambda job, report: pytest.fail("started"), **told)
-        assert exit_.value.code == 130, "an arm that ended without its result must not look done"
+        assert exit_.value.code == 130, "a method that ended without its result must not look done"
 
     def test_ctrl_c_is_left_to_the_parent(self, ended):
         def work(job, report):
@@ -311,14 +311,14 @@ class TestCommand:
 
     def test_a_failed_arm_is_told_with_its_own_traceback(self, tmp_path, capsys, monkeypatch):
         out = tmp_path / "run"
-        monkeypatch.setattr("caop_fast.demo.run.DemoConfig", lambda **told: config(tmp_path / "run", arms=("opd",)))
+        monkeypatch.setattr("caop_fast.demo.run.DemoConfig", lambda **told: config(tmp_path / "run", methods=("opd",)))
         prepare_folder(config(out))
-        (out / "base").mkdir()  # no model in it: the arm cannot load it
+        (out / "base").mkdir()  # no model in it: the method cannot load it
         assert main(["demo", "--out", str(out)]) == 1
         error = capsys.readouterr().err
-        assert "caop-fast demo: arm opd failed:\nTraceback" in error
-        assert "run_arm" in error
-        assert "_run_arms" not in error, "the parent's own frames say nothing"
+        assert "caop-fast demo: method opd failed:\nTraceback" in error
+        assert "run_method" in error
+        assert "_run_methods" not in error, "the parent's own frames say nothing"
 
     def test_a_closed_pipe_ends_without_a_traceback(self, tmp_path):
         code = (
@@ -338,7 +338,7 @@ class TestCommand:
 
 def test_the_command_line_offers_what_there_is():
     """The names stand there a second time so that ``--help`` need not load torch."""
-    from caop_fast.demo import command, task
+    from caop_fast.demo import command, tasks
 
-    assert command.TASKS == task.TASK_NAMES
-    assert command.ARMS == ALL_ARMS
+    assert command.TASKS == tasks.TASK_NAMES
+    assert command.METHODS == ALL_METHODS

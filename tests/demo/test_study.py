@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 from caop_fast.calibration import calibration_metrics
-from caop_fast.demo.run import ALL_ARMS
+from caop_fast.demo.run import ALL_METHODS
 from caop_fast.demo.study import COMPARED, differences, report, summarise
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two seeds of invented answers: opd is right more often and always sure, all arms share what a prompt is worth."""
+    """Two seeds of invented answers: opd is right more often and always sure, all share what a prompt is worth."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(2):
         folder = tmp_path_factory.mktemp("run")
         (folder / "answers").mkdir()
         easy = rng.random(400)
-        for name in ALL_ARMS:
+        for name in ALL_METHODS:
             correct = easy < (0.6 if name == "opd" else 0.5)
             stated = np.ones(400) if name == "opd" else np.round(rng.random(400), 2)
             records = [
@@ -34,10 +34,10 @@ def folders(tmp_path_factory):
 
 
 def test_differences_pair_the_prompts(folders):
-    found = {(d["reading"], d["metric"], d["arm"], d["against"]): d for d in differences(folders)}
+    found = {(d["reading"], d["metric"], d["method"], d["against"]): d for d in differences(folders)}
     assert {key[2:] for key in found} == set(COMPARED)
     accuracy = found["sampled", "accuracy_all", "opd", "base"]
-    # The arms' marks differ on a tenth of the prompts and agree on the rest, so pairing gives a narrow interval:
+    # The methods' marks differ on a tenth of the prompts and agree on the rest, so pairing gives a narrow interval:
     # its width is that of a mean of 400 draws with probability 0.1, not of two independent accuracies.
     assert accuracy["mean"] == pytest.approx(0.1, abs=0.04)
     assert accuracy["low"] < accuracy["mean"] < accuracy["high"]
@@ -54,7 +54,11 @@ def test_differences_pair_the_prompts(folders):
 def test_the_report_shows_every_seed():
     entry = {"accuracy_all": 0.5, "ece_upper": 0.25, "mean_confidence": 0.75, "n_unparsed": 3}
     summaries = [
-        {"arms": [{"name": "opd", **entry, "ece_upper": e, "expected": entry, "greedy": {**entry, "expected": entry}}]}
+        {
+            "methods": [
+                {"name": "opd", **entry, "ece_upper": e, "expected": entry, "greedy": {**entry, "expected": entry}}
+            ]
+        }
         for e in (0.25, 0.35)
     ]
     readings = summarise(summaries)
@@ -86,7 +90,7 @@ def test_prompts_that_differ_between_seeds_are_drawn_as_what_they_are(folders, t
     key = ("sampled", "accuracy_all", "opd", "base")
 
     def width(chosen):
-        found = {(d["reading"], d["metric"], d["arm"], d["against"]): d for d in differences(chosen)}[key]
+        found = {(d["reading"], d["metric"], d["method"], d["against"]): d for d in differences(chosen)}[key]
         return found["high"] - found["low"]
 
     # The same answers under the same prompts add nothing; under other prompts they are as many answers again.

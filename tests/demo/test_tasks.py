@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import subprocess
 import sys
 
 import pytest
+from helpers.task_digest import digest
 
 from caop_fast.caop.teacher_context import student_messages
-from caop_fast.demo.task import SPLITS, TASK_NAMES, Task, load_task, split_of, stable_fraction
+from caop_fast.demo.task import SPLITS, Task, split_of, stable_fraction
+from caop_fast.demo.tasks import TASK_NAMES, load_task
 from caop_fast.demo.tokenizer import encode_chats, encode_texts
 
 TASKS = {name: load_task(name) for name in TASK_NAMES}
@@ -36,10 +36,6 @@ def telling_rows(task: Task):
     return longest + [row for split in SPLITS for row in task.rows(split)[:1000]]
 
 
-def digest(task: Task) -> str:
-    return hashlib.sha256(json.dumps({split: task.rows(split) for split in SPLITS}).encode()).hexdigest()
-
-
 def test_the_hash_is_stable_across_processes_and_releases():
     # Recorded once: a change would move held-out prompts into the training of models already saved.
     assert stable_fraction("cat") == 0.4675211634764047
@@ -61,18 +57,16 @@ def test_split_shares_are_60_30_10():
 
 
 def test_rows_are_the_same_in_a_process_with_another_hash_seed(task):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[2]); import test_tasks as t; print(t.digest(t.load_task(sys.argv[1])))"
-    )
-    folder = os.path.dirname(os.path.abspath(__file__))
+    code = "import sys; from helpers.task_digest import digest; print(digest(sys.argv[1]))"
+    folders = [path for path in sys.path if path]  # as pytest was given them
     out = subprocess.run(
-        [sys.executable, "-c", code, task.name, folder],
+        [sys.executable, "-c", code, task.name],
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONHASHSEED": "12345"},
+        env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(folders)},
     ).stdout.split()[-1]
-    assert out == digest(task)
+    assert out == digest(task.name)
 
 
 def test_ids_and_prompts_are_unique_and_splits_share_none(task):

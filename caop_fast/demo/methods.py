@@ -1,6 +1,6 @@
-"""One arm of the demo: train from the common base, answer every held-out prompt twice, write down what came out.
+"""One method of the demo: train from the common base, answer every held-out prompt twice, write down what came out.
 
-An arm is a process of its own with one torch thread: on a model this small two processes beat two threads.
+A method is a process of its own with one torch thread: on a model this small two processes beat two threads.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from caop_fast.calibration.files import write_atomic
-from caop_fast.demo.closed_form import success_probabilities
-from caop_fast.demo.task import Row, load_task
+from caop_fast.demo.closed_form import KnowsPosterior, success_probabilities
+from caop_fast.demo.task import Row
+from caop_fast.demo.tasks import load_task
 from caop_fast.training import Evaluation, Method, TrainConfig, evaluate, student_prompts, train
 
 EVALUATION_SEED = 1_000_003  # not the seed of any training step
 
 
 @dataclasses.dataclass(frozen=True)
-class ArmJob:
-    """What an arm's process is told.
+class MethodJob:
+    """What a method's process is told.
 
     Attributes:
-        name: ``base`` (no training) or an arm of `TrainConfig`.
-        folder: the run's folder: it has base/; arms/NAME/ and answers/NAME*.jsonl are written.
+        name: ``base`` (no training) or a method of `TrainConfig`.
+        folder: the run's folder: it has base/; methods/NAME/ and answers/NAME*.jsonl are written.
         train: the training configuration; None for ``base``.
         heldout: how many held-out prompts to answer; None is all.
     """
@@ -46,11 +47,11 @@ class ArmJob:
 
     @property
     def result_path(self) -> Path:
-        """Exists once the arm is done."""
-        return self.folder / "arms" / self.name / "result.json"
+        """Exists once the method is done."""
+        return self.folder / "methods" / self.name / "result.json"
 
 
-def run_arm(job: ArmJob, report: Callable[[str, int], None]) -> None:
+def run_method(job: MethodJob, report: Callable[[str, int], None]) -> None:
     """Train and evaluate, calling `report(phase, done)`: phase ``train`` (steps) or ``evaluate`` (prompts answered)."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -67,11 +68,11 @@ def run_arm(job: ArmJob, report: Callable[[str, int], None]) -> None:
             task.rows("train"),
             method,
             job.train,
-            out=job.folder / "arms" / job.name,
+            out=job.folder / "methods" / job.name,
             on_step=lambda step, loss: report("train", step),
         )
         history = result.history
-        model.save_pretrained(job.folder / "arms" / job.name / "model")
+        model.save_pretrained(job.folder / "methods" / job.name / "model")
     rows = task.rows("heldout")[: job.heldout]
     prompts = student_prompts(rows, tokenizer, task.max_prompt_tokens)
     done = 0
@@ -99,13 +100,13 @@ def run_arm(job: ArmJob, report: Callable[[str, int], None]) -> None:
     for is_greedy, evaluation in readings.items():
         write_answers(job, rows, evaluation, greedy=is_greedy)
     sampled, greedy = readings[False].summary(), readings[True].summary()
-    if hasattr(task, "posterior"):  # the truth is known: how far is the expected confidence from it?
+    if isinstance(task, KnowsPosterior):  # the truth is known: how far is the expected confidence from it?
         ideal = success_probabilities(model, tokenizer, task, rows, prompts)
         sampled["expected"]["closed_form_mae"] = _mean_distance(readings[False].expected, ideal)
         ideal = np.array([task.success_probability(t, r) for t, r in zip(readings[True].text, rows, strict=True)])
         greedy["expected"]["closed_form_mae"] = _mean_distance(readings[True].expected, ideal)
     entry = {"name": job.name, **sampled, "greedy": greedy}
-    write_atomic(job.result_path, json.dumps({"arm": entry, "history": history}, indent=1, allow_nan=False) + "\n")
+    write_atomic(job.result_path, json.dumps({"method": entry, "history": history}, indent=1, allow_nan=False) + "\n")
 
 
 def _mean_distance(expected: np.ndarray, ideal: np.ndarray) -> float | None:
@@ -114,18 +115,18 @@ def _mean_distance(expected: np.ndarray, ideal: np.ndarray) -> float | None:
 
 
 def answers_path(folder: Path, name: str, *, greedy: bool) -> Path:
-    """Where an arm's held-out answers are: one JSON object a line, as ``caop-fast audit`` reads them."""
+    """Where a method's held-out answers are: one JSON object a line, as ``caop-fast audit`` reads them."""
     return folder / "answers" / f"{name}{'-greedy' if greedy else ''}.jsonl"
 
 
-def write_answers(job: ArmJob, rows: Sequence[Row], evaluation: Evaluation, *, greedy: bool) -> None:
+def write_answers(job: MethodJob, rows: Sequence[Row], evaluation: Evaluation, *, greedy: bool) -> None:
     """Every answer with its mark, its stated confidence (null where unreadable) and its expected value."""
     lines = []
     for row, text, correct, confidence, expected in zip(
         rows, evaluation.text, evaluation.correct, evaluation.confidence, evaluation.expected, strict=True
     ):
         record = {
-            "arm": job.name,
+            "model": job.name,  # as the audit calls it
             "prompt_id": row["id"],
             "prompt": row["prompt"],
             "response": text,
