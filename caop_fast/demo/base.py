@@ -90,20 +90,32 @@ class PretrainingData:
     """
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], config: BaseConfig) -> None:
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.task, self.tokenizer, self.rows = config, task, tokenizer, rows
         self.rng = np.random.default_rng([config.seed, 1])
         self.value_ids = np.array([tokenizer.convert_tokens_to_ids(task.style.number(v)) for v in task.style.values])
-        self.bare_prompts = encode_chats(tokenizer, [[{"role": "user", "content": r["prompt"]}] for r in rows])
-        messages = [task.teacher.messages(r, confidence=None) for r in rows]
-        self.example_prompts = encode_chats(tokenizer, messages)
-        noted = encode_chats(tokenizer, [task.teacher.messages(r, confidence=task.style.number(0.0)) for r in rows])
-        self.noted_prompts = noted
-        zero = self.value_ids[0]
-        self.note_at = [len(p) - 1 - p[::-1].index(zero) for p in noted]
+        # Prompts by row number, encoded when a row is first drawn.
+        self.bare_prompts: dict[int, list[int]] = {}
+        self.example_prompts: dict[int, list[int]] = {}
+        self.noted_prompts: dict[int, list[int]] = {}
         self.answers = encode_texts(tokenizer, [r["demonstration"] for r in rows])
         self.label = encode_texts(tokenizer, [task.style.label])[0]
         answer_words = sorted({i for a in self.answers for i in a})
         self.answer_words = np.array(answer_words)
+
+    def _encode(self, kind: str, drawn: Sequence[int]) -> None:
+        """Encode the prompts of the rows that are drawn for the first time in this situation."""
+        known = self.bare_prompts if kind == "bare" else self.example_prompts
+        new = sorted(set(drawn) - known.keys())
+        rows, teacher = [self.rows[i] for i in new], self.task.teacher
+        if kind == "bare":
+            chats = encode_chats(self.tokenizer, [[{"role": "user", "content": r["prompt"]}] for r in rows])
+            self.bare_prompts.update(zip(new, chats, strict=True))
+            return
+        plain = encode_chats(self.tokenizer, [teacher.messages(r, confidence=None) for r in rows])
+        zero = self.task.style.number(0.0)
+        noted = encode_chats(self.tokenizer, [teacher.messages(r, confidence=zero) for r in rows])
+        self.example_prompts.update(zip(new, plain, strict=True))
+        self.noted_prompts.update(zip(new, noted, strict=True))
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(ids, targets, answer_mask, value_at)``: [B, T] int64, int64, bool and the value's target position [B]."""
@@ -111,21 +123,22 @@ class PretrainingData:
         config, eos = self.config, self.tokenizer.eos_token_id
         inputs, targets, value_at, answer_spans = [], [], [], []
         for kind, count in (("bare", config.bare_per_step), ("example", config.example_per_step)):
-            for i in self.rng.integers(n, size=count):
-                prompt, answer = self.bare_prompts[i], list(self.answers[i])
-                value_target = IGNORED
+            drawn = self.rng.integers(n, size=count).tolist()
+            self._encode(kind, drawn)
+            for i in drawn:
+                answer, value_target = list(self.answers[i]), IGNORED
                 if kind == "example":
                     prompt = self.example_prompts[i]
                     if self.rng.random() < config.note_share:
                         prompt = list(self.noted_prompts[i])
                         value_target = int(self.rng.choice(self.value_ids))
-                        prompt[self.note_at[i]] = value_target
+                        prompt[len(prompt) - 1 - prompt[::-1].index(self.value_ids[0])] = value_target
                     shown = [
                         int(self.rng.choice(self.answer_words)) if u < config.corruption else t
                         for t, u in zip(answer, self.rng.random(len(answer)), strict=True)
                     ]
                 else:
-                    shown = answer
+                    prompt, shown = self.bare_prompts[i], answer
                 value = int(self.rng.choice(self.value_ids))
                 tail = [*self.label, value, eos]
                 sequence = [*prompt, *shown, *tail]

@@ -225,7 +225,7 @@ def _jobs(config: DemoConfig, task: Task) -> list[MethodJob]:
 
 def _run_methods(config: DemoConfig, task: Task, progress: Progress) -> None:
     """Run the methods that are not done, as many at a time as there are cores."""
-    context = multiprocessing.get_context("spawn")
+    context = _process_context()
     waiting = []
     totals = {"train": config.train_config.steps, "evaluate": 2 * len(task.rows("heldout")[: config.heldout])}
     for job in _jobs(config, task):
@@ -260,6 +260,15 @@ def _run_methods(config: DemoConfig, task: Task, progress: Progress) -> None:
             if (name, kind) not in bars:  # a phase's clock starts with its first report
                 bars[name, kind] = progress.bar(f"Method {name}: {PHASES[kind]}", totals[kind])
             bars[name, kind].advance_to(value)
+
+
+def _process_context() -> multiprocessing.context.BaseContext:
+    """Processes that share nothing with this one, and torch's and transformers' seconds of import where they can."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # on Windows
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["caop_fast.demo.base", "caop_fast.demo.methods"])
+    return context
 
 
 @contextlib.contextmanager
