@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from helpers.small_tokenizers import byte_level, word_level
@@ -379,25 +377,27 @@ def test_long_completions_need_no_quadratic_decoding(tokenizers, name, at_the_en
 
 
 class CountingDecoder:
-    """Passes everything on to a tokenizer and counts the tokens it decodes."""
+    """Passes everything on to a tokenizer; counts the tokens it decodes and its calls."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.decoded = tokenizer, 0
+        self.tokenizer, self.decoded, self.calls = tokenizer, 0, 0
 
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 
     def decode(self, ids, **kwargs):
         self.decoded += len(ids)
+        self.calls += 1
         return self.tokenizer.decode(ids, **kwargs)
 
+    def encode(self, text, **kwargs):
+        self.calls += 1
+        return self.tokenizer.encode(text, **kwargs)
 
-def test_short_word_level_splice_is_quick(words):
+
+def test_a_short_splice_takes_a_handful_of_tokenizer_calls(words):
+    """What a splice costs is its calls of the tokenizer: it runs once for every rollout."""
+    counted = CountingDecoder(words)
     ids = words.encode("K AE T K AE T K AE T Confidence: 0.85 <eos>", add_special_tokens=False)
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(20):
-            splice_confidence(ids, 0.6, words, style=STYLE)
-        best = min(best, (time.perf_counter() - start) / 20)
-    assert best < 1e-3  # 0.08 ms measured; the bound leaves room for a busy machine
+    splice_confidence(ids, 0.6, counted, style=STYLE)
+    assert counted.calls <= 10

@@ -305,6 +305,6 @@ def test_no_text_makes_a_verifier_raise(verifier, row, response):
 )
 def test_verifiers_take_linear_time(verifier, row, piece):
     verdict_text = piece * (300_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     verifier(verdict_text, row)
-    assert time.perf_counter() - start < 3.0
+    assert time.process_time() - start < 3.0  # 0.1 s of this process's own time; quadratic time takes minutes
