@@ -78,7 +78,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)
-    globals()[name] = value  # the next access does not come through here
+    globals()[name] = value  # the next access finds it there
     return value
 
 

@@ -1,6 +1,6 @@
 """The method, apart from any training loop: confidence prompts, verifiers, token splice, teacher contexts.
 
-Importing this needs neither torch nor transformers; a tokenizer is only ever passed in.
+Importing this needs neither torch nor transformers; tokenizers are passed in.
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ from caop_fast.caop.style import ConfidenceStyle
 
 
 def confidence_instruction(style: ConfidenceStyle) -> str:
-    """What a model is told: where the statement goes, its exact form, and what its number means."""
+    """The instruction: where the statement goes, its exact form, and what its number means."""
     return (
         "After your answer, end with one separate line that gives the probability that this answer is correct. "
         f'Write "{style.label}", a space, and a number from {style.number(0)} (certainly wrong) to {style.number(1)} '
-        f"(certainly right) in steps of {style.number(style.step)}; write nothing behind it. Of all the answers to "
+        f"(certainly right) in steps of {style.number(style.step)}; write nothing after it. Of all the answers to "
         "which you give the same number, that share should turn out to be right."
     )
 

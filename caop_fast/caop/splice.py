@@ -1,7 +1,7 @@
 """Token splice: write another confidence into a sampled completion and keep every other sampled token.
 
 Decoding, editing the text and encoding it again would give tokens the student never sampled. Here only the ids that
-spell the number change; a token that holds a digit *and* something else gives up the digit and keeps the rest.
+spell the number change; a token that holds a digit *and* something else loses the digit and keeps the rest.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from caop_fast.caop.style import ConfidenceStyle
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SHORT = 24  # tokens; up to here stepping back one token at a time is quicker than bisecting
-_WINDOWS = (32, 256, 2048)  # tokens from the end that are searched before the whole completion is
-_MARGIN = 8  # characters a window must begin before the number, so that its ragged first token is out of the way
+_SHORT = 24  # tokens; up to this length a linear scan from the end is faster than bisection
+_WINDOWS = (32, 256, 2048)  # sizes, in tokens, of the windows at the end that are searched before the whole completion
+_MARGIN = 8  # characters between the start of a window, whose first token may decode differently, and the number
 
 
 class Spliced(NamedTuple):
-    """A completion with its confidence written anew.
+    """A completion with another confidence.
 
     Attributes:
         ids: token ids; those outside the number are the sampled ones.
@@ -89,7 +89,7 @@ def locate_confidence(
     Args:
         ids: the completion as sampled [n], with or without its end token.
         tokenizer: the one it was sampled with.
-        stop_ids: ids that end a completion (nothing behind the first one is read); default: the tokenizer's end token.
+        stop_ids: ids that end a completion (nothing after the first one is read); default: the tokenizer's end token.
 
     Returns:
         ascending, contiguous positions; a token at the border that also holds other characters counts.
@@ -108,7 +108,7 @@ def locate_confidence(
 
 
 def candidate_ids(tokenizer: PreTrainedTokenizerBase, style: ConfidenceStyle) -> list[int]:
-    """The token id of each value of ``style.values``, as the model writes it behind the label.
+    """The token id of each value of ``style.values``, as the model writes it after the label.
 
     Returns:
         [C] distinct ids in the order of ``style.values``.
@@ -122,10 +122,10 @@ def candidate_ids(tokenizer: PreTrainedTokenizerBase, style: ConfidenceStyle) ->
     for value, ids in zip(style.values, encoded, strict=True):
         number = style.number(value)
         # The label may merge with the space before the number; then all statements still share all but the last id.
-        behind_label = ids is not None and ids[:-1] in (label, (encoded[0] or [])[:-1])
-        if not (ids and behind_label and _decode(tokenizer, ids[-1:]).strip() == number):
+        after_label = ids is not None and ids[:-1] in (label, (encoded[0] or [])[:-1])
+        if not (ids and after_label and _decode(tokenizer, ids[-1:]).strip() == number):
             raise ValueError(
-                f"tokenizer must write every confidence value as a single token behind {style.label!r} for the direct "
+                f"tokenizer must write every confidence value as a single token after {style.label!r} for the direct "
                 f"loss; {number!r} takes other tokens: {ids if ids is None else tokenizer.convert_ids_to_tokens(ids)}"
             )
         found.append(ids[-1])
@@ -137,13 +137,13 @@ def candidate_ids(tokenizer: PreTrainedTokenizerBase, style: ConfidenceStyle) ->
 def _replace(
     body: list[int], text: str, span: tuple[int, int], number: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]] | None:
-    """The ids with `number` in place of `span`; None where a closed vocabulary cannot keep what stands beside it."""
+    """The ids with `number` in place of `span`; None where a closed vocabulary cannot spell the text next to it."""
     wanted = text[: span[0]] + number + text[span[1] :]
     for first, last, begin, end in _covers(body, text, span, tokenizer):
         left, right = text[begin : span[0]], text[span[1] : end]
-        for behind in _spellings(right, tokenizer):
+        for rest in _spellings(right, tokenizer):
             for written in _spellings(left + number, tokenizer):
-                new = body[:first] + written + behind + body[last:]
+                new = body[:first] + written + rest + body[last:]
                 if _decode(tokenizer, new) == wanted:
                     return new, _mask(
                         new, wanted, (span[0], span[0] + len(number)), first, len(written), left, tokenizer
@@ -158,7 +158,7 @@ def _readable_span(text: str, number: str, goal: float) -> tuple[int, int] | Non
         parsed = parse_confidence(text[: span[0]] + number + text[span[1] :])
         if parsed.value == goal:
             return span
-        # A longer run such as "0.8 0.9 0.7" is reported two numbers at a time: take in what is still in the way.
+        # A longer run such as "0.8 0.9 0.7" is reported two numbers at a time: extend the span to the next ones.
         grown = parsed.span[1] - span[0] - len(number) if parsed.span and parsed.span[0] == span[0] else 0
         span = (span[0], span[1] + grown) if grown > 0 else None
     return None
@@ -180,14 +180,14 @@ def _append(
             if decoded == text + addition:
                 fits = written, decoded
                 break
-            # A tokenizer of whole words knows one separator only, so any white space between the two will do.
+            # A word-level tokenizer has only one separator, so any white space between the two is accepted.
             if fits is None and decoded.startswith(text) and decoded[len(text) :].lstrip() == addition.lstrip():
                 fits = written, decoded
         if fits is not None:
             written, decoded = fits
             new, span = body + written, (len(decoded) - len(number), len(decoded))
             return new, _mask(new, decoded, span, len(body), len(written), addition[: -len(number)], tokenizer)
-    raise ValueError(f"tokenizer cannot write {additions[-1]!r} behind {_excerpt(text)}")
+    raise ValueError(f"tokenizer cannot write {additions[-1]!r} after {_excerpt(text)}")
 
 
 def _mask(
@@ -215,8 +215,8 @@ def _covers(
 
     `begin` <= span[0] and `end` >= span[1] are the run's own borders in `text`; they fall between whole characters,
     also where a tokenizer splits the bytes of one character over several tokens. Offsets come from decoding prefixes of
-    a window at the end of the completion; should a window's text not fit (its first tokens may decode differently
-    without what precedes them), a wider one is tried. Later runs are only needed when an earlier one did not serve.
+    a window at the end of the completion; if the text of a window does not match (its first tokens may decode
+    differently without what precedes them), a wider one is tried. Later runs are needed only where an earlier one did not work.
     """
     n = len(ids)
     for size in [w for w in _WINDOWS if w < n] + [n]:
@@ -269,7 +269,7 @@ def _spellings(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[i
     """Encodings of `text` to put inside a sequence, the most usual first; the caller checks what they decode to.
 
     Tokenizers differ in what they do at the start of a text: some put a space there, some join words by spaces that are
-    no characters of their own. Hence the text behind an anchor, without its leading space, and character by character.
+    no characters of their own. Hence the text after an anchor, without its leading space, and character by character.
     """
     if not text:
         yield []
@@ -303,9 +303,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    # No clean-up: it would join " ." and " '" and shift every offset behind.
+    # No clean-up: it would join " ." and " '" and shift every later offset.
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return cast(str, text)  # a list of texts is what a batch gives
+    return cast(str, text)  # a batch would give a list
 
 
 def _id_list(ids: Any) -> list[int]:

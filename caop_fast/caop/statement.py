@@ -20,7 +20,7 @@ def answer_text(response: str) -> str:
     """The completion without its last confidence statement, ends trimmed.
 
     Only that statement's own characters go (label, number, the markup and brackets around them, the comma that joined
-    it to a JSON object); what stands before and behind it stays, so no answer is ever deleted, wherever the statement
+    it to a JSON object); the text before and after it stays, so no answer is ever deleted, wherever the statement
     was written. A label at the very end whose number is missing goes as well; a statement in words ("Confidence: high")
     stays, because what follows such a label may be the answer.
     """
@@ -63,7 +63,7 @@ def _statement_span(text: str, parsed: ParsedConfidence) -> tuple[int, int]:
     before = text[start:number_start]
     if start and text[start - 1] in "([" and text[end : end + 1] == {"(": ")", "[": "]"}[text[start - 1]]:
         return start - 1, end + 1
-    # Only what the statement opened is closed with it: the brace behind a JSON member belongs to the object.
+    # Only what the statement opened is closed with it: the brace after a JSON member belongs to the object.
     for _ in range(12):
         c = text[end : end + 1]
         if not c:

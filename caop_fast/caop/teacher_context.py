@@ -1,8 +1,8 @@
-"""Teacher contexts: what the teacher is shown, and what the student is shown, from the same row.
+"""Prompts of teacher and student from the same row.
 
-The teacher is the student's own model given a privileged context, a reference solution and a note that says how sure to
-sound. That text goes into the *last user turn* of the conversation and nowhere else; the student's messages are made
-without ever touching it.
+The teacher is the student's own model given a privileged context: a reference solution, and a note with the confidence
+to state. That text goes into the *last user turn* of the conversation and nowhere else; the student's messages are made
+without it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def student_messages(row: Mapping[str, Any]) -> list[Message]:
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """How a row is shown to the teacher.
+    """How the teacher's prompt is made from a row.
 
     Args:
         template: the new text of the last user turn, with the fields ``{prompt}`` (that turn's own text, required),
@@ -100,7 +100,7 @@ class TeacherContext:
     def messages(self, row: Mapping[str, Any], *, confidence: str | None = None) -> list[Message]:
         """The teacher's conversation: the student's, with the last user turn rewritten through the template.
 
-        Every other message is kept as it is: a system message, earlier turns, an assistant prefix behind the turn.
+        Every other message is kept as it is: a system message, earlier turns, an assistant prefix after that turn.
 
         Args:
             row: as for `student_messages`, with the privileged "demonstration" if the template shows one.
@@ -158,7 +158,7 @@ def encode_prompt(
     row_id: object,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The prompt's token ids through the tokenizer's chat template, up to where the model begins to write.
+    """The prompt's token ids through the tokenizer's chat template, up to where the model's answer begins.
 
     A conversation that ends in an assistant message is continued there (a prefix to complete); any other gets the
     template's generation prompt.
@@ -178,7 +178,7 @@ def encode_prompt(
     if not messages:
         raise ValueError(f"messages must not be empty (row {row_id!r})")
     continued = messages[-1]["role"] == "assistant"
-    encoded: Any = tokenizer.apply_chat_template(  # typed as all that any combination of options may return
+    encoded: Any = tokenizer.apply_chat_template(  # its declared type covers every combination of options
         [dict(m) for m in messages],
         tokenize=True,
         return_dict=False,  # transformers 5 returns a mapping by default, 4 the ids

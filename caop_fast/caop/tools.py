@@ -25,7 +25,7 @@ _NAME = re.compile(r"[\w.\-/:]{1,200}")
 class ToolCalls:
     """Right when the calls of the response are exactly those of ``row[key]``: names and arguments, every one of them.
 
-    The response may hold lines ``Action: name`` / ``Action Input: {json}``, one pair a call, or a JSON list of
+    The response may hold lines ``Action: name`` / ``Action Input: {json}``, one pair per call, or a JSON list of
     ``{"Action": name, "Action_Input": arguments}``. Arguments are JSON objects, or strings that hold one, and are
     compared as values: key order and spacing do not count, ``3`` equals ``3.0``; ``"3"``, ``3`` and ``true`` differ.
 
@@ -92,7 +92,7 @@ def _read_action_lines(text: str) -> list[tuple[str, str]]:
         line_end = text.find("\n", end)
         rest = text[end : line_end if line_end >= 0 else len(text)]
         if answer_text(rest[:300]).strip(" \t\r`*"):
-            raise ValueError(f"call {number} has text behind its Action Input")
+            raise ValueError(f"call {number} has text after its Action Input")
         calls.append((name.group(0), _arguments(value, number)))
         position = end
     return calls

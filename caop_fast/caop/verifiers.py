@@ -1,4 +1,4 @@
-"""Verifiers: was this answer right? One verifier serves training, evaluation and audit alike.
+"""Verifiers: is an answer right? The same verifier is used in training, evaluation and audit.
 
 A verifier sees the response alone, never the prompt, so a prompt that quotes an answer cannot pass for one. Whatever a
 model writes gives a `Verdict`; only a broken *row* (no reference answer) raises.
@@ -28,12 +28,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier found.
+    """The result of a verifier.
 
     Attributes:
         correct: from 0 (wrong) to 1 (right); fractions are partial credit.
         parsed: the answer as the verifier read it, None where it found none.
-        reason: why, in a few words a log reader understands.
+        reason: why, in a few words for the log.
     """
 
     correct: float
@@ -72,7 +72,7 @@ def success_rates(verdicts: Iterable[Verdict], prompt_ids: Iterable[Hashable]) -
     grouped: dict[Hashable, list[float]] = {}
     verdicts, prompt_ids = list(verdicts), list(prompt_ids)
     if len(verdicts) != len(prompt_ids):
-        raise ValueError(f"prompt_ids must have one entry a verdict: got {len(prompt_ids)} for {len(verdicts)}")
+        raise ValueError(f"prompt_ids must have one entry per verdict: got {len(prompt_ids)} for {len(verdicts)}")
     for verdict, prompt in zip(verdicts, prompt_ids, strict=True):
         grouped.setdefault(prompt, []).append(verdict.correct)
     # fsum: the mean does not depend on the order in which rollouts were gathered.

@@ -13,8 +13,8 @@ def fresh_weight_casts(*, cache: bool = True) -> Iterator[None]:
     """Run the block on casts of the current weights, whatever autocast regions are open around it.
 
     Autocast caches the low-precision copy of each parameter until its *outermost* region ends. Where one region spans
-    several optimizer steps, every forward after the first would use the weights of the first. Here copies made outside
-    the block are dropped before it, and its own behind it.
+    several optimizer steps, every forward after the first would use the weights of the first. Here copies made before
+    the block are dropped on entry, and those of the block on exit.
 
     Args:
         cache: False casts anew at each use, for a block that mixes forwards with and without gradients: a copy cached

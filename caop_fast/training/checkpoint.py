@@ -1,4 +1,4 @@
-"""One file that holds a whole training state, replaced in one move, and the deferral of Ctrl-C to a safe point."""
+"""A training state in one file that is replaced atomically, and Ctrl-C deferred to the end of a step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 class InterruptGuard:
-    """Holds a first Ctrl-C back until `check`, so that a checkpoint never sees half a step; a second acts at once."""
+    """Defers Ctrl-C until `check`, so that no checkpoint holds half a step; a second one raises immediately."""
 
     def __init__(self) -> None:
         self.pending = False
@@ -44,7 +44,7 @@ class InterruptGuard:
 
 @contextlib.contextmanager
 def guard_interrupt() -> Iterator[InterruptGuard]:
-    """An `InterruptGuard` in force inside the block; inert outside the main thread, where signals cannot be set."""
+    """An active `InterruptGuard`; outside the main thread, where no signal handler can be set, it does nothing."""
     guard = InterruptGuard()
     if threading.current_thread() is not threading.main_thread():
         yield guard

@@ -1,4 +1,4 @@
-"""Everything a training run is told, in one typed place."""
+"""The configuration of a training run."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ class TrainConfig:
     """On-policy distillation of one student.
 
     Attributes:
-        arm: where the confidence target comes from. ``opd``: the teacher, as everything else does. ``caop``: the
-            rollout group's success rate, written into the rollout and into the teacher's note. ``direct``: the success
-            rate through `confidence_loss` at the value, no teacher there (needs a tokenizer that writes each value as
-            one token). ``masked``: nothing, the value has weight 0.
-        steps: optimiser steps.
-        prompts_per_step: fresh prompts in a step.
+        arm: the method, which is where the confidence target comes from. ``opd``: the teacher, as for all other tokens.
+            ``caop``: the success rate of the rollout's group, written into the rollout and into the teacher's note.
+            ``direct``: the success rate, through `confidence_loss` at the value instead of the teacher (needs a
+            tokenizer that writes each value as one token). ``masked``: none, the value has weight 0.
+        steps: optimizer steps.
+        prompts_per_step: prompts per step.
         rollouts_per_prompt: K. The success rate is a mean over K, so its sampling noise is sqrt(p (1 - p) / K).
-        micro_batch_prompts: prompts in one forward and backward; None is all at once. Does not change the gradient.
+        micro_batch_prompts: prompts per forward and backward; None takes all at once. Does not change the gradient.
         max_new_tokens: a rollout that reaches it without ending has weight 0.
         max_prompt_tokens, max_teacher_prompt_tokens: budgets; a longer prompt is an error that names its row.
         temperature: of the rollouts and of both models in the loss.
         answer_beta, confidence_beta: the divergence on the answer's tokens and on the confidence value; 0 is forward KL
             (teacher || student), 1 reverse KL (student || teacher). Reverse KL sharpens the answer; forward KL keeps
             the value's whole distribution.
-        direct_kind, direct_weight: the `confidence_loss` of the ``direct`` arm and its weight against the divergence.
-        learning_rate, warmup_steps, weight_decay, adam_betas, max_grad_norm: AdamW with a cosine to 0.
-        ema_rate: how far the teacher moves towards the student in a step; 0 freezes it.
+        direct_kind, direct_weight: kind of the `confidence_loss` of the ``direct`` method, and its weight relative to
+            the divergence.
+        learning_rate, warmup_steps, weight_decay, adam_betas, max_grad_norm: AdamW, with linear warmup and cosine decay
+            to 0.
+        ema_rate: 1 - decay of the teacher, an exponential moving average of the student; 0 freezes it.
         share_prompt: compute each prompt once for its K rollouts (needs a key-value cache).
-        log_every: steps whose rollouts are averaged into one history record.
+        log_every: steps per history record, which averages over their rollouts.
         checkpoint_every: steps between checkpoints, where a run folder is given; 0 keeps only the last.
-        seed: of prompts and rollouts.
+        seed: of the prompts' order and of the rollouts.
     """
 
     arm: Arm = "caop"
@@ -82,7 +84,7 @@ class TrainConfig:
             self._require(name, getattr(self, name) > 0, "> 0")
         for name in ("answer_beta", "confidence_beta"):
             self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        # A step that mixes two divergences does so token by token, which only forward and reverse KL allow.
+        # Two divergences in one step take a beta per token, for which the losses allow 0 and 1 only.
         mixed = self.answer_beta != self.confidence_beta
         if mixed and not {self.answer_beta, self.confidence_beta} <= {0.0, 1.0}:
             raise ValueError(
@@ -101,7 +103,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """From `to_dict`'s form; an unknown name is a ValueError that lists it."""
+        """The inverse of `to_dict`; an unknown name is a ValueError that lists it."""
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -31,7 +31,7 @@ class Evaluation:
 
     Attributes:
         text: the completions, without special tokens.
-        correct: the verifier's mark.
+        correct: the verifier's verdict.
         confidence: the number stated.
         expected: mean of the grid values under the model's distribution at the value, renormalised over the grid.
         answer_entropy: mean entropy in nats of the model over the tokens before the value.
@@ -85,8 +85,9 @@ def evaluate(
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """One answer a prompt, sampled at `temperature` or greedy, verified and read; the distribution at the value is
-    taken at the same temperature in both cases.
+    """One answer per prompt, sampled at `temperature` or greedy, with its verdict and its confidence.
+
+    The distribution over confidence values is taken at `temperature` in both cases.
 
     Raises:
         TypeError: the logits of `model` are not those its hidden states and output weight give (see `check_logits`).

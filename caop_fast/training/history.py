@@ -1,4 +1,4 @@
-"""The run's history: accuracy and calibration of the rollouts it has just made."""
+"""The history of a run: accuracy and calibration of its own rollouts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from caop_fast.training.step import Sampled, StepOutput
 
 
 class RolloutWindow:
-    """Collects the rollouts of consecutive steps and sums them up as one history record.
+    """Collects the rollouts of consecutive steps and summarises them as one history record.
 
     The rollouts are answers to fresh prompts, sampled before the update they lead to, so within the first epoch they
     measure the student on unseen prompts at no extra cost.
@@ -29,7 +29,7 @@ class RolloutWindow:
         """One step's rollouts and what its forward passes showed."""
         self._state["cut"] += [float(not r.ended) for r in sampled.rollouts]
         parsed = [parse_confidence(r.text) for r in sampled.rollouts]
-        # Where the model stated nothing, the value read is one that the splice appended: it is not the model's.
+        # Where the model stated no confidence, the value that was read is the one that the splice appended.
         wrote = [p.span is not None for p in parsed]
         self._state["correct"] += [v.correct for v in sampled.verdicts]
         self._state["confidence"] += [math.nan if p.value is None else p.value for p in parsed]
@@ -43,7 +43,7 @@ class RolloutWindow:
         return self._state
 
     def load(self, state: dict[str, list[float]]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         self._state = state
 
     def record(self, step: int) -> dict[str, Any]:

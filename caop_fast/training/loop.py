@@ -1,4 +1,4 @@
-"""The training loop: sample, verify, distil, follow, log; resumable, and deterministic from its seed on one machine."""
+"""The training loop: sample, verify, distil, update the teacher, log. Resumable; deterministic given its seed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves: the trained `student` (the object passed in) and its `history`, a record a logging window."""
+    """The result of a run: the trained `student` (the object passed in) and a `history` record per logging window."""
 
     student: PreTrainedModel
     history: list[dict[str, Any]]
@@ -47,7 +47,7 @@ def train(
     out: str | Path | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> TrainResult:
-    """Distil `student` into itself, on its own answers to `rows`, in place.
+    """Train `student` in place by on-policy self-distillation on `rows`.
 
     Args:
         student: a causal LM with float32 parameters. To compute in bfloat16 call this within
@@ -55,9 +55,9 @@ def train(
             the casts it caches are dropped whenever the weights have changed.
         rows: each a mapping with ``id``, ``prompt``, ``answer`` as the verifier wants it and ``demonstration``, which
             only the teacher sees.
-        out: folder for ``checkpoint.pt`` and ``history.jsonl``; a run found there with the same configuration goes on
-            where it stopped, with another it is a ValueError. Ctrl-C ends the step, saves, raises KeyboardInterrupt.
-        on_step: called after every step with its number (from 1) and loss; should it raise, the step is saved first.
+        out: folder for ``checkpoint.pt`` and ``history.jsonl``. A run found there is resumed if its configuration and
+            rows are the same. Ctrl-C finishes the step, saves, and raises KeyboardInterrupt.
+        on_step: called after every step with its number (from 1) and loss; if it raises, the step is saved first.
 
     Raises:
         TypeError: parameters in other dtypes than float32, or a model whose logits the linear losses cannot give (see
@@ -119,7 +119,7 @@ def clip_gradients(student: nn.Module, loss: Tensor, max_norm: float, *, step: i
     """
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    # Beside sampling, the step's one wait for the device.
+    # The only device synchronization of a step besides sampling.
     loss_value, norm_value = torch.stack([loss.detach().float(), norm.to(loss.device, torch.float32)]).tolist()
     if math.isfinite(loss_value) and math.isfinite(norm_value):
         torch.nn.utils.clip_grads_with_norm_(student.parameters(), max_norm, norm)
@@ -135,7 +135,7 @@ def clip_gradients(student: nn.Module, loss: Tensor, max_norm: float, *, step: i
 
 
 def batch_indices(n_rows: int, batch: int, step: int, seed: int) -> list[int]:
-    """Row indices of a step: a fresh seeded shuffle every epoch, the incomplete batch at an epoch's end left out."""
+    """Row indices of a step: reshuffled from `seed` every epoch; the last incomplete batch of an epoch is dropped."""
     per_epoch = n_rows // batch
     epoch, position = divmod(step, per_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(n_rows)
@@ -143,12 +143,12 @@ def batch_indices(n_rows: int, batch: int, step: int, seed: int) -> list[int]:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The sampling seed of a step: distinct steps and distinct runs draw unrelated numbers."""
+    """The sampling seed of a step: steps and runs draw independent numbers."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
 class _Run:
-    """All that a checkpoint holds, and nothing else."""
+    """The state of a run: all that a checkpoint holds."""
 
     def __init__(self, student: PreTrainedModel, config: TrainConfig, row_ids: Sequence[str], out: Path | None) -> None:
         self.student, self.config, self.out = student, config, out
@@ -167,7 +167,7 @@ class _Run:
         self.step = 0
 
     def finish_step(self) -> None:
-        """Count the step, close the history window when it is due, save when it is due."""
+        """Count the step; append a history record and save a checkpoint where they are due."""
         self.step += 1
         if self.step % self.config.log_every == 0 or self.step == self.config.steps:
             self.history.append(self.window.record(self.step))

@@ -1,7 +1,7 @@
-"""A Hugging Face causal LM taken apart at its head: hidden states on one side, the output weight on the other.
+"""Hidden states and output layer of a Hugging Face causal LM, which the linear losses take in place of logits.
 
-The linear losses need both, and never the logits. How a model turns the product of the two into its logits is known
-only from its config, by name; `check_logits` compares the outcome with the model's own logits.
+How a model scales and caps its logits is known only from the names of entries in its config, which differ between
+models; `check_logits` compares the logits so rebuilt with the model's own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LanguageHead(NamedTuple):
     softcap: float | None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits [..., V] of hidden states [..., H]: for the few positions whose whole row is wanted."""
+        """Float32 logits [..., V] of hidden states [..., H]: for a few positions."""
         z = nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
@@ -46,7 +46,7 @@ def language_head(model: PreTrainedModel) -> LanguageHead:
     """The output layer of `model`, with the scale and softcap of the logits that its config states.
 
     Raises:
-        TypeError: `model` has no output layer, or one that trains more than a weight and a bias (a LoRA adapter).
+        TypeError: `model` has no output layer, or one that trains more than weight and bias (as a LoRA adapter does).
     """
     layer = model.get_output_embeddings()
     weight = getattr(layer, "weight", None)
@@ -73,14 +73,14 @@ def language_head(model: PreTrainedModel) -> LanguageHead:
 
 
 def _entry(config: Any, name: str) -> float | None:
-    """A number of the config; None where the entry is absent or no number."""
+    """A number in the config; None where the entry is missing or not a number."""
     value = getattr(config, name, None)
     return float(value) if isinstance(value, int | float) else None
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The transformer below the head; it returns ``last_hidden_state`` [B, T, H], final norm included."""
-    # Some models name themselves as their base (a composite one), some as their decoder, too (Llama 4).
+    # Some composite models are their own base_model, and some (Llama 4) their own decoder, too.
     for body in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
         if isinstance(body, nn.Module) and body is not model:
             return body
@@ -92,9 +92,9 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 def check_logits(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """Compare the logits of `language_head` with ``model(ids).logits`` on the first few of the token ids.
 
-    The difference is judged by its norm, relative to that of the logits: 1e-4, or one epsilon of the dtype they are
-    computed in where that is more (float16, bfloat16). All models of transformers 5 whose head is a `LanguageHead`
-    stay under 0.4 epsilon.
+    The norm of the difference, relative to that of the logits, may be 1e-4, or one epsilon of the dtype they are
+    computed in where that is more (float16, bfloat16). Models of transformers 5 whose head is a `LanguageHead` stay
+    below 0.4 epsilon.
 
     Raises:
         TypeError: they differ by more than rounding, or `model` does not return hidden states and logits.
@@ -123,7 +123,7 @@ def check_logits(model: PreTrainedModel, ids: Sequence[int]) -> None:
             f"{name} gives logits of shape {tuple(logits.shape)}, its hidden states and output weight "
             f"{tuple(rebuilt.shape)}; the losses need one logit for each row of the output weight"
         )
-    # The coarsest dtype on the way: autocast may round where neither input nor output shows it.
+    # The coarsest dtype involved: under autocast the matrix product may be rounded between a float32 input and output.
     product = nn.functional.linear(hidden[:, :1], head.weight[:1])
     epsilon = max(torch.finfo(t.dtype).eps for t in (logits, hidden, product))
     tolerance = max(1e-4, epsilon)

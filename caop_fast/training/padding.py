@@ -1,4 +1,4 @@
-"""Ragged token lists to rectangles: prompts are padded on the left, completions on the right."""
+"""Padding of token lists: prompts on the left, completions on the right."""
 
 from __future__ import annotations
 

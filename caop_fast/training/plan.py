@@ -1,4 +1,4 @@
-"""What each arm trains on: which ids, with what weight, and where the confidence value stands."""
+"""What each method trains on: token ids, their weights, and the positions of the confidence value."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from caop_fast.training.rollouts import Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPLICED_ARMS = ("caop", "direct")
+SPLICED = ("caop", "direct")
 
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """One rollout as it is trained on; all lists have one entry a token.
+    """One rollout as it is trained on; all lists have one entry per token.
 
     Attributes:
-        ids: the completion, with the success rate spliced in where the arm does so.
+        ids: the completion, with the success rate spliced in where the method does so.
         value_mask: True on the tokens that spell the confidence value.
         weights: of the divergence at each token; 0 is left out.
-        target: the success rate to train the value on through `confidence_loss`; None in arms that do not.
+        target: the success rate to train the value on through `confidence_loss`; None in methods that do not.
     """
 
     ids: list[int]
@@ -41,9 +41,9 @@ def plan_tokens(
     style: ConfidenceStyle,
     stop_ids: Collection[int],
 ) -> list[TokenPlan]:
-    """One plan a rollout, given the success rate of its group and the ids that end a completion.
+    """One plan per rollout, given the success rate of its group and the ids that end a completion.
 
-    A completion cut by the length limit has weight 0 at every token, in every arm: what it would have said is unknown.
+    A completion cut by the length limit has weight 0 at every token, in every method: its statement is unknown.
     """
     plans = []
     for rollout, rate in zip(rollouts, success_rates, strict=True):
@@ -51,7 +51,7 @@ def plan_tokens(
             zeros = [0.0] * len(rollout.ids)
             plans.append(TokenPlan(rollout.ids, [False] * len(rollout.ids), zeros, None))
             continue
-        if arm in SPLICED_ARMS:
+        if arm in SPLICED:
             spliced = splice_confidence(rollout.ids, rate, tokenizer, style=style, stop_ids=stop_ids)
             ids, value_mask = spliced.ids, spliced.value_mask
         else:

@@ -1,4 +1,4 @@
-"""What a model's distribution at the confidence value says: its expected value and its entropy."""
+"""Expected value and entropy of a model's distribution over confidence values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from caop_fast.training.model import LanguageHead
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS_AT_ONCE = 256  # logits of 150k words take 155 MB in float32 at this many rows, and as much again a few times
+ROWS_AT_ONCE = 256  # float32 logits over a vocabulary of 150k take 155 MB for this many rows; a few copies are made
 
 
 @dataclass(frozen=True)
@@ -70,5 +70,5 @@ def value_reading(hidden: Tensor, head: LanguageHead, grid: ValueGrid, temperatu
 
 
 def token_entropy(logp: Tensor) -> Tensor:
-    """Entropy in nats over the last dimension of log-probabilities; an impossible token adds 0."""
+    """Entropy in nats over the last dimension of log-probabilities; a token of probability 0 contributes 0."""
     return -torch.where(logp > -torch.inf, logp.exp() * logp, 0.0).sum(-1)

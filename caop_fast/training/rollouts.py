@@ -48,7 +48,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 @contextlib.contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw from `seed` inside the block and leave the caller's random state as it was; None changes nothing."""
+    """Seed the random state inside the block and restore the caller's on exit; None changes nothing."""
     if seed is None:
         yield
         return
@@ -113,7 +113,7 @@ def sample_rollouts(
     )  # of GenerationMixin, which PreTrainedModel is typed without
     rollouts: list[Rollout] = []
     step = max(1, batch_size // per_prompt)
-    # Equal lengths side by side waste no compute on padding; the answers go back into prompt order below.
+    # Prompts of equal length in one batch need no padding; the rollouts are sorted back into prompt order below.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     try:
         with seeded(seed, device), fresh_weight_casts():
@@ -133,12 +133,12 @@ def sample_rollouts(
     finally:
         model.train(was_training)
         model.generation_config = own_config
-    rollouts.sort(key=lambda r: r.prompt_index)  # stable: the K of a prompt keep their order
+    rollouts.sort(key=lambda r: r.prompt_index)  # stable: the K rollouts of a prompt keep their order
     return rollouts
 
 
 def _until_stop(ids: list[int], stops: frozenset[int]) -> tuple[list[int], bool]:
-    """Drop the padding behind the first end token; the flag says whether there was one."""
+    """The ids up to the first end token, and whether there is one."""
     for position, token in enumerate(ids):
         if token in stops:
             return ids[: position + 1], True

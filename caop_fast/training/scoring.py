@@ -1,4 +1,4 @@
-"""Hidden states that predict each completion token, with a prompt computed once for all of its rollouts."""
+"""Hidden states that predict each completion token; a prompt is computed once for all of its rollouts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Completions:
-    """R completions of B prompts as rectangles.
+    """R completions of B prompts, padded to one length L.
 
     Attributes:
         ids: int64 [R, L], padded on the right.
@@ -34,10 +34,10 @@ class Completions:
     def pack(
         cls, completions: Sequence[Sequence[int]], prompt_index: Sequence[int], pad_id: int, device: torch.device | str
     ) -> Completions:
-        """From token lists; `prompt_index` has one entry a completion."""
+        """From token lists; `prompt_index` has one entry per completion."""
         if len(completions) != len(prompt_index):
             raise ValueError(
-                f"prompt_index must have one entry a completion, got {len(prompt_index)} for {len(completions)}"
+                f"prompt_index must have one entry per completion, got {len(prompt_index)} for {len(completions)}"
             )
         ids, mask = pad_right(completions, pad_id, device)
         return cls(ids, mask, torch.tensor(list(prompt_index), dtype=torch.int64, device=device))

@@ -1,4 +1,4 @@
-"""One distillation step, stage by stage: rollouts -> verdicts -> plan -> teacher and student -> loss -> gradient."""
+"""The stages of one distillation step: rollouts -> verdicts -> plan -> teacher and student -> loss -> gradient."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """What the method needs of a task: the verifier, the teacher's view of the solution, and how a value is written."""
+    """What training needs of a task: the verifier, the teacher's privileged context, how a confidence is written."""
 
     verifier: Verifier
     context: TeacherContext
@@ -69,7 +69,7 @@ def sample_and_verify(
     *,
     seed: int,
 ) -> Sampled:
-    """K rollouts a row and the verifier's mean over each row's group."""
+    """K rollouts per row, and the mean verdict of each row's group."""
     rollouts = sample_rollouts(
         student,
         tokenizer,
@@ -92,7 +92,7 @@ def build_groups(
     method: Method,
     config: TrainConfig,
 ) -> list[Group]:
-    """Splice, weigh, and write the teacher's prompt (its note states the success rate in the ``caop`` arm only)."""
+    """Plan each rollout and write the teacher's prompt (its note states the success rate in ``caop`` only)."""
     per_rollout = [sampled.rates[r.prompt_index] for r in sampled.rollouts]
     plans = plan_tokens(
         sampled.rollouts,
@@ -119,13 +119,13 @@ def build_groups(
 def student_prompts(
     rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[list[int]]:
-    """The deployed prompt of each row: nothing of the teacher's context is in it."""
+    """The student's prompt of each row, without the teacher's privileged context."""
     return [encode_prompt(student_messages(r), tokenizer, max_tokens=max_tokens, row_id=r["id"]) for r in rows]
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step's forward passes showed, before the update; tensors on the model's device, detached.
+    """Statistics of a step's forward passes, before the update; detached tensors on the model's device.
 
     Attributes:
         loss: scalar.
@@ -150,8 +150,8 @@ def accumulate_gradients(
     """Add the gradient of the step's loss to the parameters of `student`.
 
     The loss is the weighted sum of divergences over the tokens of all finished rollouts, divided by the number of those
-    tokens in every arm alike, so that an answer's token counts the same whether or not its value has weight (plus the
-    weighted mean confidence loss in the ``direct`` arm). Micro-batches add up to it: each adds its own sum with weights
+    tokens in every method, so that an answer token counts the same whether or not the confidence value has weight
+    (plus, in ``direct``, the weighted mean confidence loss). Micro-batches sum to it: each has weights that are
     already divided by the step's total.
     """
     totals = _Totals(
@@ -201,7 +201,7 @@ def _micro_batch(
     owner = [i for i, g in enumerate(groups) for _ in g.plans]
     completions = Completions.pack([p.ids for p in plans], owner, pad, device)
     width = completions.ids.shape[1]
-    # Loss rows are picked on the host, where the weights are known, so the device is never asked which they are.
+    # Rows of the loss are selected on the host, where the weights are known: no device synchronization.
     scored = [
         (r * width + j, w, p.value_mask[j]) for r, p in enumerate(plans) for j, w in enumerate(p.weights) if w > 0
     ]

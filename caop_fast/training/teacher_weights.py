@@ -1,4 +1,4 @@
-"""The teacher's weights: a frozen or slowly following float32 copy of the student (self-distillation)."""
+"""The teacher's weights: a frozen copy of the student, or its exponential moving average, in float32."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class EmaTeacher(nn.Module):
-    """A float32 copy of `student` that moves ``rate`` of the way towards it at every `update`; rate 0 is frozen.
+    """A float32 exponential moving average of `student`: ``teacher += rate * (student - teacher)`` at every `update`.
 
     The average is kept in float32: at rate 0.01 most of bfloat16's updates would round to nothing.
 
     Args:
         student: the model to copy. It is not changed.
-        rate: in [0, 1); 0 never moves.
+        rate: in [0, 1), 1 - decay; 0 freezes the teacher.
     """
 
     def __init__(self, student: PreTrainedModel, rate: float) -> None:
@@ -38,6 +38,6 @@ class EmaTeacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: PreTrainedModel) -> None:
-        """Take one step towards `student`; call it after every optimiser step."""
+        """Take one step towards `student`; call it after every optimizer step."""
         if self.rate > 0:
             self.average.update_parameters(student)

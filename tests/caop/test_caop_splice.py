@@ -241,7 +241,7 @@ def test_cut_completion_is_left_alone(words):
     assert splice_confidence(ids, 0.1, words, style=STYLE) == (ids, [False] * 5, "truncated")
 
 
-def test_stop_ids_and_padding_behind_the_end(words):
+def test_stop_ids_and_padding_after_the_end(words):
     ids = words.encode("K Confidence: 0.85 <eos> <pad> 0.10", add_special_tokens=False)
     spliced = splice_confidence(ids, 0.3, words, style=STYLE)
     assert words.decode(spliced.ids) == "K Confidence: 0.30 <eos> <pad> 0.10"
@@ -339,7 +339,7 @@ def test_bad_input(words):
     assert ids == given
 
 
-def test_candidate_ids_are_the_tokens_behind_the_label(words):
+def test_candidate_ids_are_the_tokens_after_the_label(words):
     ids = candidate_ids(words, STYLE)
     assert words.convert_ids_to_tokens(ids) == [STYLE.number(v) for v in STYLE.values]
     spliced = splice_confidence(words.encode("K <eos>", add_special_tokens=False), 0.35, words, style=STYLE)
@@ -348,7 +348,7 @@ def test_candidate_ids_are_the_tokens_behind_the_label(words):
 
 def test_candidate_ids_with_a_space_inside_the_token():
     tokenizer = byte_level(digits_alone=False)
-    with pytest.raises(ValueError, match=r"single token behind 'Confidence:'.*'0\.00'"):
+    with pytest.raises(ValueError, match=r"single token after 'Confidence:'.*'0\.00'"):
         candidate_ids(tokenizer, STYLE)
     tokenizer.add_tokens([f" {STYLE.number(v)}" for v in STYLE.values])
     ids = candidate_ids(tokenizer, STYLE)

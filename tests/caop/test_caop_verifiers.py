@@ -65,7 +65,7 @@ def test_success_rate_is_the_verifiers_mean_by_prompt_id():
 
 
 def test_success_rates_refuses_unpaired_input():
-    with pytest.raises(ValueError, match="one entry a verdict"):
+    with pytest.raises(ValueError, match="one entry per verdict"):
         success_rates([Verdict(1, None, "")], ["a", "b"])
     assert success_rates([], []) == {}
 

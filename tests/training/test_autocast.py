@@ -46,7 +46,7 @@ def train_within(region, student, tokenizer, rows, method):
     with region:
         train(student, tokenizer, rows, method, CONFIG, on_step=lambda step, loss: losses.append(loss))
         with torch.no_grad():
-            logits = student(torch.tensor([[1, 30, 3]])).logits  # in the caller's region, behind the last update
+            logits = student(torch.tensor([[1, 30, 3]])).logits  # in the caller's region, after the last update
     return losses, logits
 
 

@@ -91,5 +91,5 @@ def test_a_recurrent_model_is_told_what_to_do_and_then_works():
 
 
 def test_prompt_index_must_match(ids):
-    with pytest.raises(ValueError, match="prompt_index must have one entry a completion, got 2 for 1"):
+    with pytest.raises(ValueError, match="prompt_index must have one entry per completion, got 2 for 1"):
         Completions.pack([ids("X")], [0, 1], 0, "cpu")
