@@ -1,4 +1,4 @@
-"""Calibration: reading a stated confidence, metrics with intervals, and the audit. Needs numpy alone; never torch."""
+"""Calibration: parsing of stated confidences, metrics with intervals, and the audit. Needs numpy only, never torch."""
 
 from caop_fast.calibration.intervals import (
     Difference,

@@ -1,4 +1,4 @@
-"""Answers to be judged: the arrays an audit works on, and the JSONL files they are read from."""
+"""Graded answers of models, and the JSONL files they are read from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AnswerFileError(ValueError):
 
 @dataclass(frozen=True)
 class Unread:
-    """An answer whose confidence could not be read: where it stands (file:line), parse status, the end of its text."""
+    """An answer whose confidence could not be read: its place (file:line), parse status, the end of its text."""
 
     where: str
     status: str
@@ -99,7 +99,7 @@ class _Rows:
 
 
 def _shown(value: object) -> str:
-    """A value as an error message shows it: its JSON, cut to 60 characters, printable on any terminal."""
+    """A value in an error message: its JSON, at most 60 characters, ASCII."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -115,7 +115,7 @@ def _correct(record: Mapping[str, Any], name: str) -> float:
 
 
 def _stated(value: object, name: str) -> float:
-    """A confidence given as a number. null and NaN mean: not readable."""
+    """A confidence given as a number; null and NaN mean that none could be read."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -173,7 +173,7 @@ def read_lines(
 ) -> dict[str | None, ModelAnswers]:
     """Read JSON lines (bytes, UTF-8) into one `ModelAnswers` per model; the key None holds lines that name no model.
 
-    Blank lines are passed over. Every other line must be usable: AnswerFileError names the first five that are not,
+    Blank lines are skipped. Every other line must be usable: AnswerFileError names the first five that are not,
     as `source:line: what it got; what it takes`. Either all lines of a model carry a prompt id or none does.
     """
     found: dict[str | None, _Rows] = {}
@@ -245,7 +245,7 @@ def _distinct_names(paths: Sequence[str]) -> list[str]:
 def read_answers(
     paths: Sequence[str], fields: Fields | None = None, *, lenient: bool = False, stdin: BinaryIO | None = None
 ) -> list[ModelAnswers]:
-    """Read JSONL files, one answer a line, into the answers of each model, in the order of their first line.
+    """Read JSONL files, one answer per line, into the answers of each model, in the order of their first line.
 
     One file: a model per value of the model field, or one model named after the file. Several files: a model per file,
     named after the file; a file that holds several models gives `file/model` each. `-` reads `stdin`.

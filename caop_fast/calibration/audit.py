@@ -1,4 +1,4 @@
-"""The calibration audit: graded answers in; metrics, intervals, noise floor, baselines and a verdict out."""
+"""The calibration audit of graded answers: metrics, intervals, noise floor, baselines and a verdict."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def audit(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Judge every model and compare each with the baseline (the first model, unless `baseline` names another).
+    """Audit every model and compare each with the baseline (the first model, unless `baseline` names another).
 
     Returns a dictionary that `json.dumps` takes, with one entry per model under "models":
     "metrics" (the keys of `calibration_metrics`, and "auroc_lower": AUROC with every unread answer ranked as badly as

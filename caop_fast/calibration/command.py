@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _absent_field(args: argparse.Namespace) -> str | None:
-    """A complaint if a field that was named by an option is on no line of a file: a misspelling must be seen."""
+    """An error message if a field named by an option is on no line of a file, as when it is misspelt; else None."""
     named = {
         "--response-field": args.response_field if args.response_field != "response" else None,
         "--confidence-field": args.confidence_field if args.confidence_field != "confidence" else None,
@@ -225,7 +225,7 @@ def _refuse(message: str) -> int:
 
 
 def _print(text: str, *, error: bool = False) -> None:
-    """Print, whatever the terminal's encoding can show; what it cannot becomes a question mark."""
+    """Print; characters that the terminal's encoding lacks become question marks."""
     from caop_fast.calibration.table import printable
 
     stream = sys.stderr if error else sys.stdout
@@ -233,5 +233,5 @@ def _print(text: str, *, error: bool = False) -> None:
     text = "\n".join(printable(line) for line in text.split("\n"))
     try:
         print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
-    except BrokenPipeError:  # the reader (``| head``) has seen enough: say nothing more, and no traceback either
+    except BrokenPipeError:  # the reader (``| head``) closed the pipe: print nothing more, and no traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

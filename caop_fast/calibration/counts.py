@@ -1,4 +1,4 @@
-"""Graded answers as counts per distinct confidence: all that any calibration metric depends on.
+"""Graded answers as counts per distinct confidence, on which alone every calibration metric depends.
 
 A bootstrap resample of the answers changes the counts and nothing else, so a metric written over counts serves the
 point estimate (one row of counts) and a thousand resamples (a thousand rows) alike.
@@ -69,7 +69,7 @@ def check_level(level: float) -> None:
 
 
 def check_bins(n_bins: int, edges: str) -> None:
-    """Raise for what `bin_edges` does not take."""
+    """Raise TypeError or ValueError for arguments that `bin_edges` does not take."""
     if isinstance(n_bins, bool) or not isinstance(n_bins, (int, np.integer)):
         raise TypeError(f"n_bins must be an int, got {n_bins!r}")
     if n_bins < 1:
@@ -146,7 +146,7 @@ class Counts:
 
     @cached_property
     def bins(self) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
-        """The bins that hold a value: their numbers [B]; per bin [R, B] count, sum of confidence, sum of correct."""
+        """The non-empty bins: their numbers [B]; per bin [R, B] count, sum of confidence, sum of correct."""
         numbers, starts = np.unique(bin_index(self.values, self.n_bins, self.edges), return_index=True)
         if not len(numbers):
             empty = np.zeros((len(self.n), 0))

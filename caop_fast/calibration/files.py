@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside their place, then moved onto it."""
+"""Atomic replacement of files: written to a temporary file in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write in the block; at its end it takes the place of `path` in one step. Missing folders are made.
+    """A file to write inside the block, which replaces `path` on exit. Missing folders are created.
 
     A reader, or the next start after a crash, sees the old file or the new one, never a part; when writing fails the
     old file stays and no temporary file is left. The mode is what `open` gives (0o666 less the umask), not the private

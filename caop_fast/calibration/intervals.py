@@ -4,7 +4,7 @@ Answers to one prompt are not independent, so prompts are drawn with replacement
 (cluster bootstrap). Two models are compared on the same draws of prompts, which cancels what the prompts have in
 common. Intervals are the percentiles of the resampled metric.
 
-Each public function takes arrays; beside it stands the form that takes `Answers`, sorted once for a whole report.
+Each public function takes arrays; its ``_of`` form takes `Answers`, which are sorted once for a whole report.
 """
 
 from __future__ import annotations

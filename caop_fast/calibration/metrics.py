@@ -1,7 +1,7 @@
 """Calibration metrics of graded answers, the reliability diagram's bins, the risk-coverage curve and the baseline.
 
-The formulas are in `formulas`. Each public function takes arrays; beside it stands the form that takes `Answers`, which
-are sorted once and then serve every figure of a report.
+The formulas are in `formulas`. Each public function takes arrays; its ``_of`` form takes `Answers`, which are sorted
+once for a whole report.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def risk_coverage_of(answers: Answers) -> tuple[FloatArray, FloatArray]:
 
 
 def constant_baseline(correct: ArrayLike, *, n_bins: int = 10, edges: str = "official") -> dict[str, Any]:
-    """`calibration_metrics` of always stating the base rate, the mean of `correct`: what costs no model at all.
+    """`calibration_metrics` of always stating the base rate, the mean of `correct`: the baseline that needs no model.
 
     Its ECE is 0 and its Brier score the uncertainty; only ranking (spr, auroc, resolution, aurc) beats it for sure.
     """

@@ -1,4 +1,4 @@
-"""Read the confidence that a text states: one function for training, logging and evaluation.
+"""Parse the confidence that a text states; used in training, logging and evaluation alike.
 
 A statement is one of
 
@@ -8,8 +8,8 @@ A statement is one of
 * an opening ``<confidence>`` tag, with or without attributes, closed or not: rule ``"tag"``.
 
 What follows it is read by one grammar. Blanks, line breaks and markup (``**``, backquotes, quotes, brackets, ``$``,
-``\\boxed{``) may come first, and so may a word that only says the number is rounded (*about*, ``~``). Whatever the
-grammar is unsure of is left unread with a status that says why: a number that was guessed is worse than none.
+``\\boxed{``) may come first, and so may a word that only says the number is rounded (*about*, ``~``). What is
+ambiguous is not read, and a status says why: a guessed number is worse than none.
 Every pattern is a run of one character class or has a bounded length, so that the time is linear in the text.
 """
 
@@ -24,7 +24,7 @@ STATUSES = ("ok", "missing", "malformed", "no_number", "range", "out_of_range", 
 
 
 class ParsedConfidence(NamedTuple):
-    """What `parse_confidence` found; all fields but the counts speak of the last statement.
+    """Result of `parse_confidence`; all fields but the counts describe the last statement.
 
     Attributes:
         value: the confidence in [0, 1]; None unless `status` is ``"ok"``.
@@ -108,7 +108,7 @@ _FRACTION = re.compile(
     rf"{_CLOSE}{_BLANK}*(?:{_SLASH}|out of){_BLANK}*[*_`$]{{0,4}}(?P<denominator>\d[\d{_MARKS}]*)", re.IGNORECASE
 )
 _NUMBER_WORD = rf"(?:two|three|four|five|six|seven|eight|nine|ten|twenty|(?:a |one )?hundred){_WORD_END}"
-# Behind a number these make it a part of something else.
+# After a number these make it a part of something else.
 _GLUED = re.compile(
     rf"[^\W_]|_+[^\W_]|{_SLASH}(?=\S)|[:*+\u00b7]\d|{_BLANK}*[\u00d7\u00f7^]|{_BLANK}+[*+x]{_BLANK}*\d"
     rf"|{_BLANK}+\(?(?:out of|on a scale|scale)|{_BLANK}+(?:{_SLASH}|in){_BLANK}*{_NUMBER_WORD}|{_BLANK}+\({_SLASH}",
@@ -244,7 +244,7 @@ def _inside_word(text: str, start: int) -> bool:
 
 
 def _read_value(text: str, at: int) -> _Reading:
-    """The number that stands at `at`, behind blanks and markup."""
+    """The number that stands at `at`, after blanks and markup."""
     start = _skip(_OPEN, text, at)
     if _LINE_BREAK.search(text, at, start):
         if bullet := _BULLET.match(text, start):

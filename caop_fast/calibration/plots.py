@@ -1,4 +1,4 @@
-"""The pictures of a calibration report, drawn with matplotlib (extra `audit`) without a display and without pyplot.
+"""Plots of a calibration report, drawn with matplotlib (extra `audit`) without a display and without pyplot.
 
 Every function returns a `matplotlib.figure.Figure`; `to_svg` and `to_png` turn it into bytes. A model has one colour in
 every picture (`model_colors`), from the colour-blind-safe palette of Okabe and Ito.
@@ -56,7 +56,7 @@ def model_colors(names: Iterable[str]) -> dict[str, str]:
     """A colour (#rrggbb) per model: fixed for the known names, else the next free one in order of appearance."""
     names = list(dict.fromkeys(names))
     taken = {KNOWN_COLORS[name] for name in names if name in KNOWN_COLORS}
-    # palette colours before the reserved ones, so that "caop" keeps its blue whatever stands beside it
+    # palette colours before the reserved ones, so that "caop" is blue in every plot
     free = [*OTHER_COLORS, *(c for c in dict.fromkeys(KNOWN_COLORS.values()) if c not in taken)]
     rest = [name for name in names if name not in KNOWN_COLORS]
     return {
@@ -76,7 +76,7 @@ def to_svg(figure: Figure) -> bytes:
 
 
 def to_png(figure: Figure, *, dpi: float = 160) -> bytes:
-    """The figure as PNG at `dpi` pixels an inch."""
+    """The figure as PNG at `dpi` dots per inch."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor())
     return buffer.getvalue()
@@ -178,7 +178,7 @@ def _reliability_panel(
     for b in bins:
         if b.mean_confidence is None or b.accuracy is None:
             continue
-        strength = 1.0 if b.count >= RARE * total else 0.3  # a handful of answers must not catch the eye
+        strength = 1.0 if b.count >= RARE * total else 0.3  # bins of a few answers must not stand out
         width = b.upper - b.lower
         upper.bar(b.lower, b.accuracy, width, align="edge", color=color, alpha=0.3 * strength, edgecolor=look["back"])
         at = [b.mean_confidence] * 2

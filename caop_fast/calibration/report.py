@@ -1,4 +1,4 @@
-"""An audit as people read it: a table for the terminal, and a folder with a page, pictures and the numbers as JSON."""
+"""Output of an audit: a table for the terminal, and a folder with an HTML page, plots and the numbers as JSON."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _interval(interval: Sequence[float] | None, form: str) -> str:
 
 
 def _reference_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """What the metrics have to be held against: the noise floor of ECE, and the constant that states the base rate."""
+    """References for the metrics: the noise floor of ECE, and the constant that states the base rate."""
     rows = []
     for entry in report["models"]:
         floor = entry["ece_floor"]
@@ -174,9 +174,9 @@ def audit_page(report: Mapping[str, Any], models: Sequence[ModelAnswers]) -> str
     if reason is None:
         pictures: list[str] = [
             "Each dot stands for the answers given with about that confidence. On the dashed line the model is "
-            "honest: of "
-            "the answers it gives at 70 %, 70 % are right. Below the line it is overconfident; red marks the distance. "
-            "Thin bars are 95 % intervals, and the strip below shows how often each confidence is stated.",
+            "honest: of the answers it gives at 70 %, 70 % are right. Below the line it is overconfident; red marks "
+            "the distance. Thin bars are 95 % intervals, and the strip below shows how often each confidence is "
+            "stated.",
             page.reliability_gallery(models, colors, **bins),
         ]
         coverage = page.gallery(
@@ -219,8 +219,7 @@ def audit_page(report: Mapping[str, Any], models: Sequence[ModelAnswers]) -> str
             [
                 page.glossary(keys),
                 "ECE floor: the ECE that a perfectly calibrated model with these very confidences would measure on as "
-                "many "
-                "answers, from noise alone. Only what lies above it says something about the model.",
+                "many answers, from noise alone. Only what lies above it says something about the model.",
                 "Brier of a constant: what always stating the accuracy would score, over the answers that were "
                 "read. Brier skill is the share of it that the stated confidence saves; below 0 the constant is "
                 "better.",
@@ -232,8 +231,7 @@ def audit_page(report: Mapping[str, Any], models: Sequence[ModelAnswers]) -> str
     ]
     footer = (
         f"{report['n_bins']} bins, {report['edges']} edges; {report['n_resamples']:,} bootstrap draws, seed "
-        f"{report['seed']}. "
-        "Made by caop-fast audit."
+        f"{report['seed']}. Made by caop-fast audit."
     )
     return page.render_page(
         title="Calibration audit: " + ", ".join(names), lead=verdicts, sections=sections, footer=footer

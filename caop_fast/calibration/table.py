@@ -1,4 +1,4 @@
-"""What every column of a report means and how its numbers are written; tables for the terminal."""
+"""Meaning and number format of every column of a report; tables for the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Column:
-    """One number of a report: its key, the head of its column, how it is written and what it means to a newcomer."""
+    """One number of a report: its key, the head of its column, its format and its meaning."""
 
     key: str
     head: str
@@ -61,9 +61,8 @@ COLUMNS: dict[str, Column] = {
             "share",
             "low",
             "Expected calibration error: sort the answers into ten bins of stated confidence, take the distance "
-            "between "
-            "claim and accuracy in each, and average by bin size. 0 means that of the answers given at 70 %, 70 % are "
-            "right.",
+            "between claim and accuracy in each, and average by bin size. 0 means that of the answers given at 70 %, "
+            "70 % are right.",
         ),
         Column(
             "ece_upper",
@@ -78,8 +77,7 @@ COLUMNS: dict[str, Column] = {
             "share",
             "low",
             "Mean squared distance between confidence and outcome (1 right, 0 wrong). Punishes both wrong levels and "
-            "the "
-            "failure to tell right answers from wrong ones. Always saying 50 % scores 0.25.",
+            "the failure to tell right answers from wrong ones. Always saying 50 % scores 0.25.",
         ),
         Column(
             "brier_upper",
@@ -94,8 +92,7 @@ COLUMNS: dict[str, Column] = {
             "share",
             "high",
             "Strict pairwise ranking: the chance that a right answer states a strictly higher confidence than a wrong "
-            "one. "
-            "Ties count 0, so a model that always says 99 % scores 0.",
+            "one. Ties count 0, so a model that always says 99 % scores 0.",
         ),
         Column(
             "auroc",
@@ -103,8 +100,7 @@ COLUMNS: dict[str, Column] = {
             "share",
             "high",
             "The same chance with a tie counted as one half. 0.5 is a coin toss: the confidence says nothing about "
-            "which "
-            "answers are right. 1 is perfect sorting.",
+            "which answers are right. 1 is perfect sorting.",
         ),
         Column(
             "aurc",
@@ -112,8 +108,7 @@ COLUMNS: dict[str, Column] = {
             "share",
             "low",
             "Area under the risk-coverage curve: the error rate when only the most confident answers are kept, "
-            "averaged "
-            "over how many are kept.",
+            "averaged over how many are kept.",
         ),
         Column(
             "answer_entropy",
@@ -153,7 +148,7 @@ def format_value(value: Any, form: str) -> str:
 
 
 def printable(text: object) -> str:
-    """Text that cannot steer a terminal or a page: control, direction-changing and unpaired characters become U+FFFD.
+    """Text without terminal control sequences: control, direction-changing and unpaired characters become U+FFFD.
 
     Line breaks and tabs become spaces. Letters of every script stay.
     """

@@ -1,4 +1,4 @@
-"""What the numbers of an audit say, in two or three plain sentences, and the gate that CI can hold a model to."""
+"""The verdict of an audit in two or three sentences, and limits that CI can check."""
 
 from __future__ import annotations
 
@@ -84,8 +84,7 @@ def _level_sentence(entry: Mapping[str, Any], level: float) -> str:
     if ece <= floor["upper"]:
         return (
             f"Calibrated as far as {metrics['n']:,} answers can tell: {says} ({gap_text}), and its {name} of "
-            f"{ece:.3f} is "
-            f"within what sampling noise gives a perfectly calibrated model (up to {floor['upper']:.3f})."
+            f"{ece:.3f} is within what sampling noise gives a perfectly calibrated model (up to {floor['upper']:.3f})."
         )
     if ece <= dependent:
         return (
@@ -95,8 +94,7 @@ def _level_sentence(entry: Mapping[str, Any], level: float) -> str:
         )
     return (
         f"Right on average but not level by level: {says} ({gap_text}), yet its {name} of {ece:.3f} is more than "
-        "sampling "
-        f"noise gives a perfectly calibrated model (up to {floor['upper']:.3f})."
+        f"sampling noise gives a perfectly calibrated model (up to {floor['upper']:.3f})."
     )
 
 

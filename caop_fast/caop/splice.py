@@ -216,7 +216,7 @@ def _covers(
     `begin` <= span[0] and `end` >= span[1] are the run's own borders in `text`; they fall between whole characters,
     also where a tokenizer splits the bytes of one character over several tokens. Offsets come from decoding prefixes of
     a window at the end of the completion; if the text of a window does not match (its first tokens may decode
-    differently without what precedes them), a wider one is tried. Later runs are needed only where an earlier one did not work.
+    differently without what precedes them), a wider one is tried. Later runs serve only where an earlier one fails.
     """
     n = len(ids)
     for size in [w for w in _WINDOWS if w < n] + [n]:

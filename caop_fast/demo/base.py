@@ -3,8 +3,8 @@
 Bare prompt: ``<bos> c a t <answer> K AE T Confidence: 0.70 <eos>``. With privileged context: ``<bos> c a t <example>
 K AE T <answer> ...``, where it learns to copy the example, and the confidence of a note if there is one. In both, the
 confidence it learns to state (where no note gives it) is its own probability of the reference answer in that very
-situation: roughly calibrated without the example, and rightly near 1 with it. That second, well-founded certainty is
-what plain distillation then hands to a student that has no example.
+situation: roughly calibrated without the example, and rightly near 1 with it. Plain distillation transfers that second,
+well-founded certainty to a student that has no example.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class BaseConfig:
 
     Attributes:
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size: of the Qwen3 architecture.
-        steps: optimiser steps.
-        bare_per_step, example_per_step: sequences of each situation in a step.
+        steps: optimizer steps.
+        bare_per_step, example_per_step: sequences of each situation per step.
         note_share: share of the example sequences whose context ends in a note.
         corruption: probability that an answer token is replaced at the input, its target kept, in example sequences:
-            the teacher must go on copying behind a student's wrong token.
+            the teacher must go on copying after a wrong token of the student.
         muon_lr, adamw_lr: of the weight matrices and of everything else.
         seed: of weights and data.
     """
@@ -179,7 +179,7 @@ def pretrain(
     model.train()
     for step in range(1, config.steps + 1):
         ids, targets, answer_mask, value_at = data.batch()
-        # Right padding with causal attention: what stands behind a sequence cannot reach it, so no mask is needed.
+        # Right padding with causal attention: padding after a sequence cannot influence it, so no mask is needed.
         logits = model(ids, use_cache=False).logits
         token_loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         token_loss = token_loss.view_as(targets)

@@ -48,7 +48,7 @@ def success_probabilities(
     prompts: Sequence[Sequence[int]],
 ) -> np.ndarray:
     """[n] float64: for each prompt the probability that an answer sampled from `model` at temperature 1 is right."""
-    label = task.style.label.split()[0]  # the word behind an answer; writing it ends the answer
+    label = task.style.label.split()[0]  # the word after an answer; writing it ends the answer
     head = language_head(model)
     result = np.zeros(len(rows))
     for start in range(0, len(rows), PROMPTS_AT_ONCE):

@@ -1,6 +1,6 @@
-"""One method of the demo: train from the common base, answer every held-out prompt twice, write down what came out.
+"""One method of the demo: train from the common base, answer every held-out prompt twice, save the results.
 
-A method is a process of its own with one torch thread: on a model this small two processes beat two threads.
+Each method runs in its own process with one torch thread: with a model this small two processes beat two threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EVALUATION_SEED = 1_000_003  # not the seed of any training step
 
 @dataclasses.dataclass(frozen=True)
 class MethodJob:
-    """What a method's process is told.
+    """The arguments of a method's process.
 
     Attributes:
         name: ``base`` (no training) or a method of `TrainConfig`.
@@ -115,12 +115,12 @@ def _mean_distance(expected: np.ndarray, ideal: np.ndarray) -> float | None:
 
 
 def answers_path(folder: Path, name: str, *, greedy: bool) -> Path:
-    """Where a method's held-out answers are: one JSON object a line, as ``caop-fast audit`` reads them."""
+    """Where a method's held-out answers are: one JSON object per line, as ``caop-fast audit`` reads them."""
     return folder / "answers" / f"{name}{'-greedy' if greedy else ''}.jsonl"
 
 
 def write_answers(job: MethodJob, rows: Sequence[Row], evaluation: Evaluation, *, greedy: bool) -> None:
-    """Every answer with its mark, its stated confidence (null where unreadable) and its expected value."""
+    """Every answer with its verdict, its stated confidence (null where unreadable) and its expected value."""
     lines = []
     for row, text, correct, confidence, expected in zip(
         rows, evaluation.text, evaluation.correct, evaluation.confidence, evaluation.expected, strict=True
@@ -139,6 +139,6 @@ def write_answers(job: MethodJob, rows: Sequence[Row], evaluation: Evaluation, *
 
 
 def read_answers(folder: Path, name: str, *, greedy: bool = False) -> list[Mapping[str, Any]]:
-    """What `write_answers` wrote."""
+    """The records that `write_answers` wrote."""
     lines = answers_path(folder, name, greedy=greedy).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""What the demo shows at its end: the verdict in two sentences, the table for the terminal, the page with it all."""
+"""Output of the demo: a verdict in two sentences, tables for the terminal, and an HTML page."""
 
 from __future__ import annotations
 
@@ -98,8 +98,7 @@ def _distillation_sentence(summary: Mapping[str, Any]) -> str:
         )
     return (
         f"The expected effect did not appear in this run: plain on-policy distillation {what} without making it "
-        "clearly "
-        f"more overconfident (stated confidence {confidence}, ECE {error})."
+        f"clearly more overconfident (stated confidence {confidence}, ECE {error})."
     )
 
 
@@ -213,8 +212,8 @@ def demo_page(
             ],
         ),
         *([page.Section("Some answers", [_examples(examples, names, colors)])] if examples else []),
-        page.Section("Honest limits", [page.bullets(_limits(summary, sampled))]),
-        page.Section("Make it again", _recipe(summary, command)),
+        page.Section("Limitations", [page.bullets(_limits(summary, sampled))]),
+        page.Section("Reproduce", _recipe(summary, command)),
     ]
     return page.write_page(
         out / PAGE_NAME,
@@ -371,9 +370,8 @@ def _limits(summary: Mapping[str, Any], sampled: Sequence[ModelAnswers]) -> list
         if constant.get("brier") is not None and floor is not None:
             limits[-1] += (
                 f" Always stating CaOP's accuracy would score Brier {constant['brier']:.3f} and AUROC 0.5 here; a "
-                "perfectly "
-                f"calibrated model with CaOP's confidences would still measure an ECE of about {floor['mean']:.3f} on "
-                f"{len(method.correct):,} answers."
+                f"perfectly calibrated model with CaOP's confidences would still measure an ECE of about "
+                f"{floor['mean']:.3f} on {len(method.correct):,} answers."
             )
     masked, caop = _method(summary, "masked"), _method(summary, "caop")
     if masked and caop and _known(masked.get("ece"), caop.get("ece")):

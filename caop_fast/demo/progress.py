@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar a phase with the time left; plain lines where output is not a terminal."""
+"""Progress on the terminal: a bar per phase with the time left; plain lines where the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-QUIET_SECONDS = 20.0  # between two lines of one phase in a log file
+QUIET_SECONDS = 20.0  # between two lines of one phase where the output is not a terminal
 
 
 class Bar:

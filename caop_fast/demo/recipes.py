@@ -1,4 +1,4 @@
-"""The published recipe of each task: how its base model is made and how its methods are trained."""
+"""The published recipe of each task: how its base model is pretrained and then distilled."""
 
 from __future__ import annotations
 

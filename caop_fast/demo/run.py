@@ -1,4 +1,4 @@
-"""The demo from start to end: base model, methods side by side, page. A stopped run goes on where it was."""
+"""The whole demo: base model, methods in parallel, page. A stopped run is resumed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class MethodFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What a demo run is told. The defaults are the published run.
+    """Options of a demo run. The defaults are the published run.
 
     Attributes:
         task: ``pronounce`` or ``sums``.
@@ -91,7 +91,7 @@ class DemoConfig:
         return self.train or RECIPES[self.task].train
 
     def recipe(self) -> dict[str, Any]:
-        """All that the numbers depend on, as plain values: two runs may share work only if these are equal."""
+        """All that the results depend on, as plain values: two runs may share work only if these are equal."""
         return {
             "task": self.task,
             "seed": self.seed,
@@ -104,10 +104,10 @@ class DemoConfig:
 
 
 def run_demo(config: DemoConfig) -> dict[str, Any]:
-    """Run what is not yet done in ``config.out`` and return the summary that is also written to ``summary.json``.
+    """Run what is not yet done in ``config.out``; return the summary, which is also written to ``summary.json``.
 
     A finished run, or one with another recipe, is moved aside first, never overwritten. On Ctrl-C every method finishes
-    its step and saves; the same call then goes on from there.
+    its step and saves; the same call then resumes.
 
     Raises:
         ValueError: ``config.out`` is in use by another demo, is no folder, or holds other things.
@@ -257,13 +257,13 @@ def _run_methods(config: DemoConfig, task: Task, progress: Progress) -> None:
             if kind == "done":
                 running.pop(name).join()
                 continue
-            if (name, kind) not in bars:  # a phase's clock starts with its first report
+            if (name, kind) not in bars:  # the time left is estimated from a phase's first report on
                 bars[name, kind] = progress.bar(f"Method {name}: {PHASES[kind]}", totals[kind])
             bars[name, kind].advance_to(value)
 
 
 def _process_context() -> multiprocessing.context.BaseContext:
-    """Processes that share nothing with this one, and torch's and transformers' seconds of import where they can."""
+    """Start processes from one that has torch and transformers imported, where the system can (fork server)."""
     if "forkserver" not in multiprocessing.get_all_start_methods():  # on Windows
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -273,7 +273,7 @@ def _process_context() -> multiprocessing.context.BaseContext:
 
 @contextlib.contextmanager
 def _stopped_together(running: dict[str, Any], stop: Any) -> Iterator[None]:
-    """However the block ends, no method is left running: they are asked to save and stop, then made to."""
+    """On exit no method is left running: they are asked to save and stop, then terminated."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The recorded experiment: the demo over several seeds, means, every seed, paired bootstrap intervals.
+"""The recorded experiment: the demo over several seeds, with means and paired bootstrap intervals.
 
     python -m caop_fast.demo.study --task pronounce --seeds 0 1 2 --runs runs/study --out docs
 

@@ -1,4 +1,4 @@
-"""What the demo asks of a task: rows in three splits, one verifier, a tokenizer, and the teacher's context."""
+"""The interface of the demo's tasks: rows in three splits, a verifier, a tokenizer, and the teacher's context."""
 
 from __future__ import annotations
 

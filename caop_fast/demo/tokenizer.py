@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded tasks: one token per word, a closed vocabulary, nothing silently unknown.
+"""The tokenizer of the demo's tasks: one token per word of a closed vocabulary; an unknown word is an error.
 
 It is an ordinary `PreTrainedTokenizerFast` with a chat template, so the general code (rollouts, splice, teacher
 contexts, checkpoints) treats it as it treats the tokenizer of a large model. The template renders
