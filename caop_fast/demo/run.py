@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,7 @@ def _run_methods(config: DemoConfig, task: Task, progress: Progress) -> None:
             bars[name, kind].advance_to(value)
 
 
-def _process_context() -> multiprocessing.context.BaseContext:
+def _process_context() -> SpawnContext | ForkServerContext:
     """Start processes from one that has torch and transformers imported, where the system can (fork server)."""
     if "forkserver" not in multiprocessing.get_all_start_methods():  # on Windows
         return multiprocessing.get_context("spawn")
