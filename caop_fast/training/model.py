@@ -81,9 +81,13 @@ def _entry(config: Any, name: str) -> float | None:
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The transformer below the head; it returns ``last_hidden_state`` [B, T, H], final norm included."""
     # Some composite models are their own base_model, and some (Llama 4) their own decoder, too.
-    for body in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
-        if isinstance(body, nn.Module) and body is not model:
-            return body
+    body: Any = model.base_model
+    if body is model:
+        body = model.get_decoder()
+    if body is model:
+        body = getattr(model, "model", None)
+    if isinstance(body, nn.Module):
+        return body
     raise TypeError(f"model must be a causal LM with a transformer below its head, got {type(model).__name__}")
 
 

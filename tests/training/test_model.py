@@ -221,9 +221,6 @@ def test_a_wrapper_whose_base_model_gives_logits_is_told_what_to_pass():
             super().__init__()
             self.base_model = spread(llama())
 
-        def get_decoder(self):
-            return self.base_model.get_decoder()
-
         def forward(self, **inputs):
             return self.base_model(**inputs)
 
