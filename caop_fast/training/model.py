@@ -38,6 +38,7 @@ class LanguageHead(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., H]: for a few positions."""
+        hidden = hidden.to(self.weight.dtype)  # some models keep the residual stream in float32 (Mamba)
         z = nn.functional.linear(hidden, self.weight, self.bias).float() * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
@@ -128,7 +129,7 @@ def check_logits(model: PreTrainedModel, ids: Sequence[int]) -> None:
             f"{tuple(rebuilt.shape)}; the losses need one logit for each row of the output weight"
         )
     # The coarsest dtype involved: under autocast the matrix product may be rounded between a float32 input and output.
-    product = nn.functional.linear(hidden[:, :1], head.weight[:1])
+    product = nn.functional.linear(hidden[:, :1].to(head.weight.dtype), head.weight[:1])
     epsilon = max(torch.finfo(t.dtype).eps for t in (logits, hidden, product))
     tolerance = max(1e-4, epsilon)
     rebuilt = rebuilt.double()

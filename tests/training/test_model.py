@@ -61,13 +61,30 @@ def xlstm():
     return t.xLSTMForCausalLM(t.xLSTMConfig(**sizes, output_logit_soft_cap=3.0))
 
 
+def mamba():  # hidden states in float32 below a head in bfloat16
+    return t.MambaForCausalLM(t.MambaConfig(**SIZES, state_size=4))
+
+
 def llama4():  # names itself as its base model and as its decoder
     config = t.Llama4TextConfig(**ATTENTION, head_dim=8, intermediate_size_mlp=24, num_local_experts=2)
     return t.Llama4ForCausalLM(config)
 
 
 SUPPORTED = (
-    *(llama, qwen3, phi_with_bias, gemma2, cohere, granite, hyperclovax, falcon_h1, recurrent_gemma, xlstm, llama4),
+    *(
+        llama,
+        qwen3,
+        phi_with_bias,
+        gemma2,
+        cohere,
+        granite,
+        hyperclovax,
+        falcon_h1,
+        recurrent_gemma,
+        xlstm,
+        mamba,
+        llama4,
+    ),
 )
 
 
@@ -145,8 +162,8 @@ def spread(model, factor=1.0):
     """Weights such that logits are a few units large, as a trained model's are."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim >= 2:
+        for name, p in model.named_parameters():
+            if p.ndim >= 2 and "A_log" not in name:  # of Mamba, which takes its exponential
                 p.copy_(torch.randn(p.shape, generator=generator) * 3 * factor / math.sqrt(p.shape[-1]))
     return model
 
