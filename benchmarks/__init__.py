@@ -1,21 +1,13 @@
 """Speed, memory and accuracy of caop_fast beside the code people use instead: same work, same inputs, same run.
 
     make bench-quick                       every suite on this CPU, within two minutes
-    python -m pytest benchmarks            the suites by pytest-benchmark, for a GPU where there is one
-    python -m benchmarks.gpu --out DIR     correctness, then everything, within a budget of time, on a GPU box
-    python -m benchmarks.cpu               the table of a CPU
+    python -m pytest benchmarks            the suites under pytest-benchmark, on a GPU if there is one
+    python -m benchmarks.gpu --out DIR     correctness, then everything, within a time budget, on a GPU
+    python -m benchmarks.cpu               the recorded table of a CPU
     python -m benchmarks.report            RESULTS.md and its plots from the records in results/
 
-``cases`` says what is measured, ``peers/`` by what, ``truth`` what is right, ``floors`` what is possible, ``measure``
-how, ``run`` does one contender on one case, ``campaign`` a list of them, ``step`` a whole training step,
-``supervise`` goes on behind a process that died, and ``records`` says what is kept.
+``cases`` and ``inputs`` say what is measured, ``peers/`` what is compared, ``definitions`` and ``reference`` what is
+right in float64, ``floors`` what is possible, ``measure`` how time and memory are measured. ``run`` measures one
+implementation of a loss, ``step/`` one of a training step, ``campaign`` a list of cases, ``supervise`` survives a
+process that dies, ``correctness`` runs ``checks/`` and the kernels' tests, and ``records`` are the results.
 """
-
-from __future__ import annotations
-
-import importlib.util
-import sys
-from pathlib import Path
-
-if importlib.util.find_spec("caop_kernels") is None:  # a checkout that is not installed
-    sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))

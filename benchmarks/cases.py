@@ -1,4 +1,4 @@
-"""What is measured: shapes of real models, and the selections of them that a run takes, most important first."""
+"""The cases: shapes of real models, and the selections that a run measures, most important first."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from benchmarks.records import Record, Shape
+
 LINEAR = ("linear", "linear-topk", "linear-confidence", "linear-tokens")
 LOGITS = ("logits", "topk", "confidence", "tokens")
 SUITES = (*LOGITS, *LINEAR)
-DISTILLATION = ("logits", "linear", "topk", "linear-topk")  # those that have a beta
-LISTED = 64  # k of the sparse teacher
+DISTILLATION = ("logits", "linear", "topk", "linear-topk")  # the suites that have a beta
+TOP_K = 64  # ids that a sparse teacher lists
 CANDIDATES = 21  # confidence values 0.00 ... 1.00
 
 SIZES = (256, 1024, 4096, 8192, 32768)  # N
 BETAS = (0.0, 0.5, 1.0)
-MASKED = 0.4
+MASKED = 0.4  # share of the tokens
 
 
 @dataclass(frozen=True)
 class Head:
-    """A published output head: V ids, H features, and the softcap of its logits."""
+    """A published output head: vocabulary size, features, and the softcap of its logits."""
 
     vocab: int
     hidden: int
@@ -34,7 +36,7 @@ HEADS = {
     "Llama-3-8B": Head(128256, 4096),
     "Gemma-2-2B": Head(256000, 2304, softcap=30.0),
 }
-LLAMA_2 = Head(32000, 4096)  # for the growth with V alone: the H of Qwen3-8B and Llama-3-8B with a small vocabulary
+LLAMA_2 = Head(32000, 4096)  # for the scaling with V: as many features as Qwen3-8B and Llama-3-8B
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ class Case:
     """One set of inputs of one suite.
 
     Attributes:
-        suite: of ``SUITES``.
+        suite: one of ``SUITES``.
         model: whose head it is, or "small" where no published one fits the machine.
-        n, v, h: tokens, vocabulary, features (``h`` is None at logits level).
+        n, v, h: tokens, vocabulary size, features (unused by losses on logits).
         dtype: "float32" or "bfloat16", of logits or of hidden states and heads.
-        beta: of the divergence; None for suites without one.
-        head_trained: the head gets a gradient; None at logits level.
+        beta: of the divergence (unused by suites without one).
+        head_trained: whether the head gets a gradient (unused by losses on logits).
         masked: share of the tokens whose label is -100.
         softcap: of both models' logits.
     """
@@ -56,72 +58,91 @@ class Case:
     model: str
     n: int
     v: int
-    h: int | None
+    h: int
     dtype: str
-    beta: float | None = None
-    head_trained: bool | None = None
+    beta: float = 0.0
+    head_trained: bool = True
     masked: float = 0.0
     softcap: float | None = None
 
     @property
     def linear(self) -> bool:
+        """Whether the loss takes hidden states and heads instead of logits."""
         return self.suite in LINEAR
+
+    @property
+    def kind(self) -> str:
+        """The suite without "linear-"; "logits" for the dense distillation losses, on logits or not."""
+        return {"linear": "logits"}.get(self.suite, self.suite.removeprefix("linear-"))
+
+    @property
+    def shape(self) -> Shape:
+        """What applies to the suite."""
+        return Shape(
+            self.model,
+            self.dtype,
+            self.n,
+            self.v,
+            self.h if self.linear else None,
+            beta=self.beta if self.suite in DISTILLATION else None,
+            head_trained=self.head_trained if self.linear else None,
+            masked=self.masked,
+        )
 
     @property
     def name(self) -> str:
         """Unique within the suite."""
+        shape = self.shape
         parts = [self.model, f"N={self.n}", f"V={self.v}"]
-        parts += [f"H={self.h}"] if self.linear else []
+        parts += [] if shape.h is None else [f"H={shape.h}"]
         parts += [self.dtype]
-        parts += [] if self.beta is None else [f"beta={self.beta:g}"]
-        parts += ["frozen"] if self.head_trained is False else []
+        parts += [] if shape.beta is None else [f"beta={shape.beta:g}"]
+        parts += ["frozen"] if shape.head_trained is False else []
         parts += [f"masked={self.masked:g}"] if self.masked else []
         return " ".join(parts)
 
     @property
-    def units(self) -> int:
-        """Matrix products of 2 N V H operations that cannot be left out (0 at logits level)."""
-        if not self.linear:
-            return 0
-        return (2 if self.suite == "linear" else 1) + 1 + bool(self.head_trained)
+    def products(self) -> int:
+        """Matrix products of 2 N V H operations that the loss needs at least; 0 for losses on logits."""
+        return 0 if not self.linear else (2 if self.suite == "linear" else 1) + 1 + self.head_trained
+
+    def record(self, impl: str) -> Record:
+        """The record of an implementation, nothing measured yet."""
+        return Record(self.suite, self.name, impl, shape=self.shape)
 
 
-def case(suite: str, model: str, n: int, dtype: str = "bfloat16", **options: object) -> Case:
-    """A case with the head of ``model``; ``beta=0`` and a trained head where the suite has them."""
+def case(
+    suite: str,
+    model: str,
+    n: int,
+    dtype: str = "bfloat16",
+    *,
+    beta: float = 0.0,
+    head_trained: bool = True,
+    masked: float = 0.0,
+) -> Case:
+    """A case with the head of a published model."""
     head = HEADS[model]
-    linear = suite in LINEAR
-    made = Case(
-        suite,
-        model,
-        n,
-        head.vocab,
-        head.hidden if linear else None,
-        dtype,
-        beta=0.0 if suite in DISTILLATION else None,
-        head_trained=True if linear else None,
-        softcap=head.softcap,
-    )
-    return replace(made, **options)
+    return Case(suite, model, n, head.vocab, head.hidden, dtype, beta, head_trained, masked, head.softcap)
 
 
-def small(suite: str, n: int, v: int, h: int, dtype: str = "float32", **options: object) -> Case:
-    """A case that no published model has, for machines that are too small for one."""
-    linear = suite in LINEAR
-    made = Case(
-        suite,
-        "small",
-        n,
-        v,
-        h if linear else None,
-        dtype,
-        beta=0.0 if suite in DISTILLATION else None,
-        head_trained=True if linear else None,
-    )
-    return replace(made, **options)
+def small(
+    suite: str,
+    n: int,
+    v: int,
+    h: int,
+    dtype: str = "float32",
+    *,
+    beta: float = 0.0,
+    head_trained: bool = True,
+    masked: float = 0.0,
+) -> Case:
+    """A case for machines that are too small for a published head."""
+    return Case(suite, "small", n, v, h, dtype, beta, head_trained, masked)
 
 
 def gpu() -> list[Case]:
-    """Everything for a GPU, most important first: what the targets are about, then each axis by itself, then all."""
+    """For a GPU, most important first: the cases of the targets, then each axis by itself, then all combinations."""
     return list(dict.fromkeys([*_targets(), *_axes(), *_product()]))
 
 
@@ -145,7 +166,7 @@ def _axes() -> Iterator[Case]:
     yield case("linear", "Qwen3-8B", 8192, masked=MASKED)
     for suite in ("linear-topk", "linear-confidence"):
         yield case(suite, "Qwen3-8B", 8192 if suite == "linear-topk" else 1024)
-    for model in HEADS:  # at one N, so V and H vary
+    for model in HEADS:  # at one N: scaling with V and H
         yield case("linear", model, 8192)
     yield replace(case("linear", "Llama-3-8B", 8192), model="Llama-2-7B", v=LLAMA_2.vocab)
     yield case("linear", "Qwen3-8B", 8192, dtype="float32")
@@ -158,7 +179,7 @@ def _axes() -> Iterator[Case]:
 
 
 def _product() -> Iterator[Case]:
-    """All shapes of the distillation losses, then of the others with their defaults."""
+    """All shapes of the distillation losses, then the other losses with their defaults."""
     for dtype, n, model in product(("bfloat16", "float32"), (8192, 4096, 1024, 256, 32768), HEADS):
         for beta, masked in product(BETAS, (0.0, MASKED)):
             yield case("logits", model, n, dtype, beta=beta, masked=masked)
@@ -169,7 +190,7 @@ def _product() -> Iterator[Case]:
 
 
 def cpu() -> list[Case]:
-    """For a CPU: the vocabularies of real models with few features, and a sweep of N, V and H each."""
+    """For a CPU: the vocabularies of real models with few features, and sweeps of N, V and H."""
     qwen = HEADS["Qwen3-8B"].vocab
     cases = [
         small("linear", 1024, qwen, 256),
@@ -178,7 +199,7 @@ def cpu() -> list[Case]:
         *(small("linear", 128, qwen, 256, beta=beta) for beta in BETAS[1:]),
         small("linear", 128, qwen, 256, head_trained=False),
         small("linear", 128, qwen, 256, masked=MASKED),
-        small("linear", 64, 32000, 64, dtype="bfloat16"),  # without AVX-512 a CPU multiplies these 100 times slower
+        small("linear", 64, 32000, 64, dtype="bfloat16"),  # 100 times slower without AVX-512
         *(small("logits", 128, qwen, 256, beta=beta) for beta in BETAS[1:]),
         small("logits", 128, qwen, 256, masked=MASKED),
         small("logits", 128, qwen, 256, dtype="bfloat16"),
@@ -193,7 +214,7 @@ def cpu() -> list[Case]:
 
 
 def quick() -> list[Case]:
-    """A look at every suite on a CPU, within two minutes."""
+    """Every suite once on a CPU, within two minutes."""
     return [
         small("logits", 64, 32000, 128),
         small("linear", 128, 32000, 128),
@@ -217,6 +238,6 @@ SELECTIONS = {"gpu": gpu, "cpu": cpu, "quick": quick, "tiny": tiny}
 
 
 def of_suites(cases: Iterable[Case], suites: Iterable[str]) -> list[Case]:
-    """Those of ``suites``, in their order."""
+    """The cases of ``suites``, in their order."""
     wanted = set(suites)
     return [c for c in cases if c.suite in wanted]

@@ -1,44 +1,37 @@
-"""Which cases the suites run, on what, and by which clock."""
+"""Options of the benchmarks under pytest: cases, device and timer."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks import cases, peers
+from benchmarks import cases
 from benchmarks.measure import EventTimer
+
+DEVICE = pytest.StashKey[torch.device]()
+SELECTION = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("caop_fast benchmarks")
-    group.addoption("--quick", action="store_true", help="the selection that ends within two minutes on a CPU")
-    group.addoption("--selection", choices=sorted(cases.SELECTIONS), help="cases (gpu where there is one, else quick)")
-    group.addoption("--bench-device", choices=("cuda", "cpu"), help="cuda where there is one, else cpu")
+    group.addoption("--quick", action="store_true", help="the cases that take two minutes on a CPU")
+    group.addoption("--selection", choices=sorted(cases.SELECTIONS), help="cases (default: gpu on a GPU, else quick)")
+    group.addoption("--bench-device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU, else cpu")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    gpu = torch.cuda.is_available()
-    config.bench_device = torch.device(config.getoption("--bench-device") or ("cuda" if gpu else "cpu"))
-    default = "gpu" if config.bench_device.type == "cuda" else "quick"
-    config.bench_selection = "quick" if config.getoption("--quick") else config.getoption("--selection") or default
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each contender of each case of the module's ``SUITES``."""
-    if "peer" not in metafunc.fixturenames:
-        return
-    selection = metafunc.config.bench_selection
-    chosen = cases.of_suites(cases.SELECTIONS[selection](), metafunc.module.SUITES)
-    pairs = [(case, peer) for case in chosen for peer in peers.for_case(case, quick=selection == "quick")]
-    metafunc.parametrize(("case", "peer"), pairs, ids=[f"{c.suite}: {c.name} - {p.name}" for c, p in pairs])
+    kind = config.getoption("--bench-device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    default = "gpu" if kind == "cuda" else "quick"
+    config.stash[DEVICE] = torch.device(kind)
+    config.stash[SELECTION] = "quick" if config.getoption("--quick") else config.getoption("--selection") or default
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.bench_device.type == "cuda":
+    if config.stash[DEVICE].type == "cuda":
         for item in items:
             item.add_marker(pytest.mark.benchmark(timer=EventTimer()))
 
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    return pytestconfig.bench_device
+    return pytestconfig.stash[DEVICE]

@@ -1,127 +1,141 @@
-"""Whether every public loss of caop_fast is right on this device: loss, statistics and gradients against float64."""
+"""Correctness of every kernel and loss on a device, by pytest on all cores: a crash or a hang fails one test only.
+
+The kernels' own tests are in ``tests/kernels/device``, the checks of the losses in ``benchmarks/checks``.
+"""
 
 from __future__ import annotations
 
-import itertools
-import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.checks import bins, confidence, linear, logits, sparse, tokens
-from benchmarks.checks.closeness import Wrong
-from benchmarks.checks.trial import SIZES, Setting, Trial
-from benchmarks.measure import alive
+from benchmarks.checks.plugin import OUTCOMES
+from benchmarks.peers.peer import interpreted
+from benchmarks.records import ROOT
 
-OUT_OF_TIME = "the time ran out"
-DEAD = "the device is dead since"
-UNREACHED = (OUT_OF_TIME, DEAD)  # how the reasons begin that say nothing of a check
-LINES = 4  # of a traceback that are kept
-
-# Most important first.
-FAMILIES = (
-    (logits.trials, linear.trials),
-    (linear.rows_trials, sparse.trials, sparse.linear_trials, tokens.trials, tokens.linear_trials),
-    (confidence.trials, confidence.logprob_trials, confidence.linear_trials, logits.state_trials, bins.trials),
-)
+KERNELS, LOSSES = ROOT / "tests" / "kernels" / "device", ROOT / "benchmarks" / "checks"
+LINES = 4  # of an error message that are kept
 
 
-@dataclass(frozen=True)
-class Check:
-    """What became of one check; ``detail`` says why it failed or was skipped."""
+@dataclass
+class Summary:
+    """The outcome of the tests.
 
-    name: str
-    outcome: Literal["passed", "failed", "skipped"]
-    detail: str = ""
+    Attributes:
+        passed, failed, skipped: numbers of tests.
+        failures: "name: message" of those that failed.
+        skips: how many were skipped, by reason.
+        finished: whether all ran; False if the time ran out.
+    """
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    failures: list[str] = field(default_factory=list)
+    skips: dict[str, int] = field(default_factory=dict)
+    finished: bool = True
+
+    def fail(self, name: str, message: str) -> None:
+        self.failed += 1
+        self.failures.append(f"{name}: {message}"[:1000])
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-Report = Callable[[Check], None]
-
-
-def check_losses(
-    device: torch.device,
-    backend: str,
-    *,
-    sizes: Literal["small", "full"],
-    deadline: float | None,
-    decided: Container[str] = (),
-    begin: Callable[[str], None] | None = None,
-    report: Report | None = None,
-) -> list[Check]:
-    """Check every loss on ``device``.
+def check(
+    device: torch.device, *, seconds: float, select: str | None = None, folders: Sequence[Path] | None = None
+) -> Summary:
+    """Run the tests on ``device``.
 
     Args:
-        device: where the tensors lie.
-        backend: "torch" or "triton".
-        sizes: "small" for Triton's interpreter and CPUs, "full" for a GPU.
-        deadline: ``time.monotonic()`` from which nothing new is begun; None for none.
-        decided: names of checks that are left out.
-        begin: called with the name of each check before it is run.
-        report: called with each check as soon as it is known.
-
-    Returns:
-        All checks in the order they are run; those that were not reached are skipped, with the reason.
+        device: a GPU, or the CPU, where the kernels' tests run in Triton's interpreter or not at all.
+        seconds: after which the tests are stopped; the outcomes so far are kept.
+        select: only tests whose names match, as with pytest's ``-k``.
+        folders: of the tests.
     """
-    setting = Setting(device, backend, SIZES[sizes])
-    found: list[Check] = []
-    over: str | None = None  # why nothing more is run
-    for trial in trials(sizes):
-        if trial.name in decided:
-            continue
-        if over is None and deadline is not None and time.monotonic() >= deadline:
-            over = OUT_OF_TIME
-        if over is not None:
-            check = Check(trial.name, "skipped", over)
-        else:
-            if begin is not None:
-                begin(trial.name)
-            check, killed = _run(trial, setting)
-            if killed:
-                over = f"{DEAD} {trial.name}"
-        found.append(check)
-        if report is not None:
-            report(check)
+    if folders is None:
+        folders = [KERNELS, LOSSES] if device.type == "cuda" or interpreted() else [LOSSES]
+    there = [folder for folder in folders if folder.is_dir()]
+    with tempfile.TemporaryDirectory() as scratch:
+        outcomes = Path(scratch, "outcomes")
+        outcomes.touch()
+        code, said = _pytest(command(there, device, select), environment(device, outcomes), seconds)
+        found = _summary(outcomes.read_text(encoding="utf-8"))
+    found.finished = code is not None
+    for folder in folders:
+        if folder not in there:
+            found.skips[f"{folder.name} is not there: installed without the tests"] = 1
+    if code not in (None, 0, 1):
+        found.fail("pytest", f"exit code {code}: {said}")
+    elif found.finished and not found.passed + found.failed:
+        found.fail("pytest", "no test ran")
     return found
 
 
-def trials(sizes: Literal["small", "full"]) -> list[Trial]:
-    """The checks of a selection; within a group the families take turns, so that a deadline cuts all alike."""
-    found: list[Trial] = []
-    for group in FAMILIES:
-        turns = itertools.zip_longest(*(list(family()) for family in group))
-        found += [trial for turn in turns for trial in turn if trial is not None]
-    return [trial for trial in found if sizes == "full" or not trial.rare]
+def command(folders: Sequence[Path], device: torch.device, select: str | None) -> list[str]:
+    made = [sys.executable, "-m", "pytest", *map(str, folders), "-o", "addopts=", "-p", "no:cacheprovider"]
+    made += ["-p", "benchmarks.checks.plugin", "--continue-on-collection-errors", "--tb=short"]
+    made += ["-n", "auto"] if find_spec("xdist") is not None else []
+    made += ["-k", select] if select is not None else []
+    made += ["--bench-device", device.type] if LOSSES in folders else []
+    return made
 
 
-def summary(checks: Iterable[Check]) -> dict[str, Any]:
-    """{"passed", "failed", "skipped": counts, "failures": ["name: detail"], "skips": {reason: count}}."""
-    checks = list(checks)
-    outcomes = Counter(check.outcome for check in checks)
-    return {
-        **{outcome: outcomes[outcome] for outcome in ("passed", "failed", "skipped")},
-        "failures": [f"{check.name}: {check.detail}" for check in checks if check.outcome == "failed"],
-        "skips": dict(Counter(check.detail for check in checks if check.outcome == "skipped")),
-    }
+def environment(device: torch.device, outcomes: Path) -> dict[str, str]:
+    """Of the tests' process: both packages can be imported; Triton is interpreted on a CPU only."""
+    made = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET" or device.type == "cpu"}
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**made, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore", OUTCOMES: str(outcomes)}
 
 
-def _run(trial: Trial, setting: Setting) -> tuple[Check, bool]:
-    """The check, and whether the device is dead."""
-    try:
-        trial.run(setting)
-        if setting.device.type == "cuda":
-            torch.cuda.synchronize(setting.device)  # or an error would surface in the next check
-    except Wrong as error:
-        return Check(trial.name, "failed", str(error)), False
-    except Exception as error:
-        return Check(trial.name, "failed", _tail(error)), not alive(setting.device)
-    return Check(trial.name, "passed"), False
+def _pytest(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> tuple[int | None, str]:
+    """The exit code of pytest, None if it was stopped, and its last lines."""
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code: int | None = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with its workers
+            process.wait()
+        out.seek(0)
+        return code, last_lines(out.read().decode(errors="replace"))
 
 
-def _tail(error: BaseException) -> str:
-    """The last lines of a traceback, in one line."""
-    text = "".join(traceback.format_exception(error)).strip().splitlines()
-    return " | ".join(line.strip() for line in text[-LINES:] if line.strip(" ~^"))[:1000]
+def _summary(lines: str) -> Summary:
+    tests = {test["name"]: test for test in map(json.loads, lines.splitlines())}
+    found = Summary()
+    for name, test in tests.items():
+        if test["outcome"] == "failed":
+            path, *rest = name.split("::", 1)
+            found.fail("::".join([Path(path).name, *rest]), last_lines(test["detail"]))
+        elif test["outcome"] == "skipped":
+            found.skipped += 1
+            found.skips[test["detail"]] = found.skips.get(test["detail"], 0) + 1
+        else:
+            found.passed += 1
+    return found
+
+
+def last_lines(text: str) -> str:
+    """The lines that pytest marks as the error, or the last ones, in one line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    marked = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
+    return " | ".join((marked or lines)[-LINES:])

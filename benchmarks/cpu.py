@@ -1,4 +1,4 @@
-"""The table of a CPU: ``python -m benchmarks.cpu``, on a machine with nothing else to do. See ``gpu.py``."""
+"""The recorded table of a CPU: ``python -m benchmarks.cpu``, on an otherwise idle machine. See ``gpu.py``."""
 
 from __future__ import annotations
 

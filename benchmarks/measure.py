@@ -1,11 +1,11 @@
-"""Time and peak memory of a call, on a GPU by its events and allocator, on a CPU by wall time and the profiler."""
+"""Time and peak memory of a call, by CUDA events and the caching allocator, or by wall time and the profiler."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ MIN_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of single rounds, after warm-up."""
+    """Milliseconds of each round, after warm-up."""
 
     rounds: tuple[float, ...]
 
@@ -26,21 +26,21 @@ class Timing:
         return statistics.median(self.rounds)
 
     def quantile(self, share: float) -> float:
-        """By position, without interpolation: a time that was measured."""
+        """By position, without interpolation: one of the measured times."""
         return sorted(self.rounds)[round(share * (len(self.rounds) - 1))]
 
 
 def timing(
     steps: Sequence[Step], device: torch.device, *, seconds: float = 2.0, rounds: int = 50, warmup: int = 2
 ) -> Timing:
-    """Rounds of ``steps`` in turn, each on inputs of its own so that no cache holds them, for about ``seconds``.
+    """Time ``steps`` in turn for about ``seconds``; each has its own inputs, so that none are in the cache.
 
-    On a GPU every round lies between two events and nothing waits between rounds: the host works ahead as it does in
-    training, and a step that makes the host wait pays for it. Clocks are left alone.
+    On a GPU every round lies between two events without synchronization between rounds: the host runs ahead as it does
+    in training, and a step that synchronizes pays for it. Clocks are not locked.
     """
     turn = itertools.cycle(steps)
     each = float("inf")
-    for _ in range(warmup + 1):  # the first may compile or allocate; how long the last takes says how many rounds fit
+    for _ in range(warmup + 1):  # the first may compile or allocate; the fastest decides how many rounds fit
         started = time.perf_counter()
         next(turn)()
         synchronize(device)
@@ -51,7 +51,7 @@ def timing(
     return Timing(tuple(_events(turn, count) if device.type == "cuda" else _wall(turn, count)))
 
 
-def _events(turn, count: int) -> list[float]:
+def _events(turn: Iterator[Step], count: int) -> list[float]:
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for start, end in marks:
         step = next(turn)
@@ -62,7 +62,7 @@ def _events(turn, count: int) -> list[float]:
     return [start.elapsed_time(end) for start, end in marks]
 
 
-def _wall(turn, count: int) -> list[float]:
+def _wall(turn: Iterator[Step], count: int) -> list[float]:
     found = []
     for _ in range(count):
         step = next(turn)
@@ -73,7 +73,7 @@ def _wall(turn, count: int) -> list[float]:
 
 
 class EventTimer:
-    """A timer for pytest-benchmark that reads GPU events: call it before and after, the difference is in seconds."""
+    """A timer for pytest-benchmark that uses CUDA events: the difference of two calls is in seconds."""
 
     def __init__(self) -> None:
         self._start: torch.cuda.Event | None = None
@@ -95,7 +95,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def alive(device: torch.device) -> bool:
-    """Whether the device still works in this process: after an illegal access nothing does, whatever its message."""
+    """Whether the device still works in this process; after an illegal memory access no call succeeds."""
     try:
         return torch.ones(2, device=device).sum().item() == 2
     except torch.OutOfMemoryError:
@@ -105,14 +105,14 @@ def alive(device: torch.device) -> bool:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache that repeated rounds could hit."""
+    """Size of the last-level cache."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     return 64 << 20
 
 
 def peak(step: Step, device: torch.device) -> int:
-    """Most bytes held at one time by ``step`` beyond what was there before it; call it once before, to warm up."""
+    """Peak memory of ``step`` in bytes beyond what was allocated before; warm up with a call before."""
     if device.type != "cuda":
         return peak_bytes(step)
     torch.cuda.synchronize(device)
@@ -125,12 +125,12 @@ def peak(step: Step, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Allocations:
-    """Every allocation of a call on the CPU, by PyTorch's own account.
+    """The allocations of a call on the CPU, as PyTorch's profiler reports them.
 
     Attributes:
-        count: how many.
-        total: their bytes.
-        peak: most bytes held at one time beyond what was there before.
+        count: number of allocations.
+        total: bytes of all.
+        peak: most bytes allocated at one time beyond what was allocated before.
         largest: bytes of the largest.
     """
 
@@ -141,7 +141,7 @@ class Allocations:
 
 
 def allocations(call: Step) -> Allocations:
-    """The allocations of ``call``; RuntimeError where the profiler saw none."""
+    """The allocations of ``call``; RuntimeError if the profiler reports none."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
@@ -159,5 +159,5 @@ def allocations(call: Step) -> Allocations:
 
 
 def peak_bytes(call: Step) -> int:
-    """Most bytes allocated at one time by ``call`` on the CPU, beyond what was there before it."""
+    """Peak memory of ``call`` on the CPU in bytes, beyond what was allocated before."""
     return allocations(call).peak

@@ -1,8 +1,8 @@
-"""What a benchmark run leaves behind: one JSON file with a header and a list of records, written atomically.
+"""The results of a benchmark run: one JSON file with a header and a list of records, written atomically.
 
-A file is ``results/<date>-<device>.json``. The header says where and with what it was measured; a record is one
-implementation on one case. What could not be measured is a record too, with its ``status`` and ``reason``, so that an
-empty cell of a table is never a mystery.
+A file is ``results/<date>-<device>.json``. The header describes the hardware and software; a record is one
+implementation on one case. What could not be measured is a record too, with its ``status`` and ``reason``, so that
+every empty cell of a table is explained.
 """
 
 from __future__ import annotations
@@ -17,23 +17,54 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from benchmarks.measure import Timing
+
 FORMAT = 1
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
-# ok: measured. skipped: not installed, or not made for the case. oom: out of memory. wrong: loss or gradient too far
-# from float64, so not timed. error: raised. crashed: took the process with it.
+# ok: measured. skipped: not installed, or does not support the case. oom: out of memory. wrong: loss or gradient too
+# far from float64, so not timed. error: raised an exception. crashed: the process died or the device stopped working.
 Status = Literal["ok", "skipped", "oom", "wrong", "error", "crashed"]
+Key = tuple[str, str, str]  # suite, case, implementation
+OURS = "caop_fast"  # the implementation that the others are compared with; its variants begin with that
 VERSIONS = (
     *("torch", "triton", "transformers", "numpy", "pytest-benchmark"),
     *("liger-kernel", "trl", "cut-cross-entropy", "flash-attn"),
 )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What tells the cases of a suite apart; None where it does not apply, or is not known (after a crash).
+
+    Attributes:
+        model: whose output head it is.
+        dtype: of logits, or of hidden states and heads: "float32", "bfloat16".
+        n, v, h: tokens, vocabulary size, features (None for losses on logits).
+        beta: of the divergence; None where the suite has none.
+        head_trained: whether the head gets a gradient; None for losses on logits.
+        masked: share of the tokens whose label is -100.
+    """
+
+    model: str | None = None
+    dtype: str | None = None
+    n: int | None = None
+    v: int | None = None
+    h: int | None = None
+    beta: float | None = None
+    head_trained: bool | None = None
+    masked: float = 0.0
+
+    def without(self, name: str) -> Shape:
+        """The same with one of the fields not given."""
+        return Shape(**{key: value for key, value in dataclasses.asdict(self).items() if key != name})
 
 
 @dataclass(frozen=True)
@@ -45,24 +76,19 @@ class Record:
             "linear-tokens" or "step".
         case: names the inputs within the suite; the same for every implementation.
         impl: "caop_fast", or a peer's name.
-        status, reason: above; ``reason`` is None when ok.
-        model: whose head the shape is.
-        dtype: of logits, or of hidden states and heads: "float32", "bfloat16".
-        n, v, h: tokens, vocabulary, features (None at logits level).
-        beta: of the divergence; None where the suite has none.
-        head_trained: whether the head gets a gradient; None at logits level.
-        masked: share of the tokens that do not count.
+        status, reason: see ``Status``; ``reason`` is None when ok.
+        shape: of the case.
         time_ms: median of a forward and backward; low and high are the 20 % and 80 % quantiles of ``rounds``.
-        floor_ms: the least the work can take, by ``floor``: "copy" (each input read once, each gradient written once,
-            at the rate of a large copy) or "gemms" (the bare matrix products), both measured in the same run.
-        gbps: at logits level, the floor's bytes over the time, in 1e9 bytes/s.
-        traffic_gbps: the bytes the implementation is known to move over the time; None where they are not known.
-        tflops: for linear suites, the floor's operations over the time, in 1e12/s.
-        peak_bytes: most bytes held at one time beyond the inputs (gradients of the inputs count).
-        loss_error: |loss - truth| / |truth|, truth in float64.
-        grad_error: the largest |g - truth| / |truth| (Euclidean norms) over the gradients.
-        gives: what comes out beside the gradient.
-        extra: what only some suites have (``step``: tokens_per_s, split_ms, layers; ``topk``: k; ...).
+        floor_ms: lower bound of the time, by ``floor``: "copy" (each input read once and each gradient written once, at
+            the bandwidth of a large copy) or "gemms" (the matrix products alone), both measured in the same run.
+        gbps: for losses on logits, the floor's bytes over the time, in 1e9 bytes/s.
+        traffic_gbps: the bytes the implementation is known to read and write over the time; None if not known.
+        tflops: for linear losses, the floor's operations over the time, in 1e12/s.
+        peak_bytes: peak memory beyond the inputs (gradients of the inputs count).
+        loss_error: |loss - reference| / |reference|, the reference in float64.
+        grad_error: the largest |g - reference| / |reference| (Euclidean norms) over the gradients.
+        gives: what is returned besides the gradient.
+        extra: what only some suites have (``step``: tokens_per_s, split_ms, layers, ...).
     """
 
     suite: str
@@ -70,14 +96,7 @@ class Record:
     impl: str
     status: Status = "ok"
     reason: str | None = None
-    model: str | None = None
-    dtype: str | None = None
-    n: int | None = None
-    v: int | None = None
-    h: int | None = None
-    beta: float | None = None
-    head_trained: bool | None = None
-    masked: float = 0.0
+    shape: Shape = Shape()
     time_ms: float | None = None
     time_low_ms: float | None = None
     time_high_ms: float | None = None
@@ -94,14 +113,57 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> Key:
         """What it is the record of."""
         return self.suite, self.case, self.impl
+
+    @property
+    def ms(self) -> float:
+        """``time_ms`` of a record that has one."""
+        assert self.time_ms is not None
+        return self.time_ms
+
+    def failed(self, status: Status, reason: str) -> Record:
+        """This record with the reason why nothing was measured."""
+        return replace(self, status=status, reason=reason)
+
+    def measured(
+        self, timing: Timing, *, peak_bytes: int, loss_error: float, grad_error: float, gives: str, **extra: Any
+    ) -> Record:
+        """This record with what was measured; ``extra`` is added to what is there."""
+        return replace(
+            self,
+            time_ms=timing.median,
+            time_low_ms=timing.quantile(0.2),
+            time_high_ms=timing.quantile(0.8),
+            rounds=len(timing.rounds),
+            peak_bytes=peak_bytes,
+            loss_error=loss_error,
+            grad_error=grad_error,
+            gives=gives,
+            extra={**self.extra, **extra},
+        )
+
+    def row(self) -> dict[str, Any]:
+        """As it is stored: one flat JSON object."""
+        row: dict[str, Any] = {}
+        for name, value in dataclasses.asdict(self).items():
+            row |= value if name == "shape" else {name: value}
+        return row
+
+    @classmethod
+    def of_row(cls, row: dict[str, Any]) -> Record:
+        """The inverse of ``row``."""
+        shape = {f.name for f in dataclasses.fields(Shape)}
+        return cls(
+            shape=Shape(**{name: value for name, value in row.items() if name in shape}),
+            **{name: value for name, value in row.items() if name not in shape},
+        )
 
     def __str__(self) -> str:
         """In one line."""
         name = f"{self.suite:<18} {self.case:<58} {self.impl:<24}"
-        if self.status != "ok":
+        if self.status != "ok" or self.time_ms is None:
             return f"{name} {self.status}: {self.reason}"
         parts = [f"{self.time_ms:10.2f} ms"]
         parts += [f"floor {100 * self.floor_ms / self.time_ms:3.0f} %"] if self.floor_ms else []
@@ -119,7 +181,7 @@ class Results:
     records: list[Record] = field(default_factory=list)
 
     def add(self, record: Record) -> None:
-        """Append (or replace the record of the same key) and save."""
+        """Append, or replace the record with the same key, and save."""
         before = self.records
         self.records = [r for r in before if r.key != record.key] + [record]
         try:
@@ -128,12 +190,12 @@ class Results:
             self.records = before
             raise
 
-    def done(self) -> set[tuple[str, str, str]]:
+    def done(self) -> set[Key]:
         return {r.key for r in self.records}
 
     def save(self) -> None:
-        """Whole or not at all: a run cut off at any moment leaves the previous file."""
-        payload = {"header": self.header, "records": [dataclasses.asdict(r) for r in self.records]}
+        """Write atomically: a run that is killed at any moment leaves the previous file."""
+        payload = {"header": self.header, "records": [r.row() for r in self.records]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem}-", suffix=".tmp")
         try:
@@ -150,19 +212,19 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """Read a results file; ValueError where it is none, or of another format."""
+    """Read a results file. ValueError if it is not one, or has another format."""
     try:
         payload = json.loads(path.read_text(encoding="utf-8"))
         header, rows = payload["header"], payload["records"]
         if header.get("format") != FORMAT:
             raise ValueError(f"format {header.get('format')!r}, this reads {FORMAT}")
-        return Results(path, header, [Record(**row) for row in rows])
+        return Results(path, header, [Record.of_row(row) for row in rows])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a results file: {error}") from error
 
 
 def header(device: torch.device) -> dict[str, Any]:
-    """Where and with what this process measures."""
+    """The hardware and software of this process."""
     name = device_name(device)
     return {
         "format": FORMAT,
@@ -189,7 +251,7 @@ def header(device: torch.device) -> dict[str, Any]:
 
 
 def sources() -> str:
-    """A digest of the code that is measured and that measures: what may be put into one file."""
+    """Digest of the measured code and of the benchmarks: only records with the same digest share a file."""
     digest = hashlib.sha256()
     for folder in ("caop_fast", "kernels", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -232,7 +294,7 @@ def _version(package: str) -> str | None:
 
 
 def _command() -> str:
-    """As it would be typed in the project's folder: where that lies on this machine is nobody's business."""
+    """The command line as typed in the project's folder, without paths of this machine."""
     program = Path(sys.argv[0])
     if program.is_absolute() and program.is_relative_to(ROOT):
         module = ".".join(program.relative_to(ROOT).with_suffix("").parts)
@@ -249,7 +311,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _device_id(device: torch.device) -> str | None:
-    """Tells this GPU from others of its kind, and nobody which one it is."""
+    """A hash that distinguishes this GPU from others of its model without identifying it."""
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
     return None if uuid is None else hashlib.sha256(str(uuid).encode()).hexdigest()[:12]
 

@@ -1,5 +1,5 @@
-"""Checks of every public loss against float64: one file for each family of losses, and what they share.
+"""Checks of every public loss against float64: ``python -m pytest benchmarks/checks -n auto``, on a GPU if possible.
 
-``definitions`` says what is right, ``samples`` makes inputs, ``closeness`` says what is near enough, ``trial`` is one
-check. ``benchmarks.correctness`` runs them.
+One file for each family of losses. ``samples`` makes the inputs, ``closeness`` says which errors are accepted,
+``check`` is one check, and ``benchmarks.definitions`` the reference.
 """

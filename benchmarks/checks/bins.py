@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import caop_fast
-from benchmarks.checks import definitions, samples
-from benchmarks.checks.closeness import Wrong, verify
-from benchmarks.checks.trial import Setting, Trial
+from benchmarks import definitions
+from benchmarks.checks import samples
+from benchmarks.checks.check import Check, Setting
+from benchmarks.checks.closeness import Inaccurate, verify
 
 STATED = {"small": 40, "full": 4000}
 BINS = (("float32", 10), ("bfloat16", 15), ("float16", 1), ("float32", 0))
@@ -21,21 +22,21 @@ ECE = (
     ("float16", 10, 0.05, "weights"),
     ("float32", 1, 0.01, "weights"),
 )
-# The written-out derivative of soft_ece subtracts the mean of the centres from each, and 2 / temperature magnifies what
-# that loses: 5 to 40 times the error of autograd, 1e-5 of the gradient.
+# The explicit derivative of soft_ece subtracts the mean of the centres from each, and 2 / temperature amplifies the
+# rounding error of that: 5 to 40 times the error of autograd, 1e-5 of the gradient.
 DERIVATIVE = 60.0
 
 
-def trials() -> Iterator[Trial]:
+def checks() -> Iterator[Check]:
     for dtype, n_bins in BINS:
         name = f"calibration_bins: {dtype}, " + (f"{n_bins} bins" if n_bins else "no answers")
-        yield Trial(name, partial(hard, dtype, n_bins))
+        yield Check(name, partial(hard, dtype, n_bins))
     for dtype, n_bins, temperature, weights in ECE:
         name = f"soft_ece: {dtype}, {n_bins} bins, temperature {temperature}" + (f", {weights}" if weights else "")
-        yield Trial(name, partial(soft, dtype, n_bins, temperature, weights is not None))
+        yield Check(name, partial(soft, dtype, n_bins, temperature, weights is not None))
 
 
-def answers(dtype: str, setting: Setting, seed: object) -> tuple[Tensor, Tensor]:
+def answers(dtype: str, setting: Setting, seed: tuple[object, ...]) -> tuple[Tensor, Tensor]:
     """Confidence [N], some on the edges of bins and some NaN, and correctness."""
     g = samples.generator(seed)
     n = STATED["small" if setting.sizes.n < 10 else "full"]
@@ -46,7 +47,7 @@ def answers(dtype: str, setting: Setting, seed: object) -> tuple[Tensor, Tensor]
 
 
 def hard(dtype: str, n_bins: int, setting: Setting) -> None:
-    """Every count exactly, the sums to the last digits of float64."""
+    """Counts exactly, sums to the last digits of float64."""
     stated, correct = answers(dtype, setting, (dtype, n_bins))
     if not n_bins:
         stated, correct, n_bins = stated[:0], correct[:0], 10
@@ -59,11 +60,11 @@ def hard(dtype: str, n_bins: int, setting: Setting) -> None:
         for name, value in want.items():
             got = getattr(found, name)[b].cpu()
             if got.dtype != value.dtype or not abs(got.double() - value.double()) <= 1e-13 * float(value):
-                raise Wrong(f"{name} of bin {b} is {got.item()!r}, not {value.item()!r}")
+                raise Inaccurate(f"{name} of bin {b} is {got.item()!r}, not {value.item()!r}")
 
 
 def soft(dtype: str, n_bins: int, temperature: float, weighted: bool, setting: Setting) -> None:
-    """The error and its gradient in the confidence."""
+    """The calibration error and its gradient by the confidence."""
     stated, correct = answers(dtype, setting, (dtype, n_bins, temperature))
     weights = None
     if weighted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,14 +10,15 @@ import torch
 from torch import Tensor
 
 import caop_fast
-from benchmarks.checks import definitions, samples
+from benchmarks import definitions
+from benchmarks.checks import samples
+from benchmarks.checks.check import Check, ScoreOptions, Setting, Spec
 from benchmarks.checks.closeness import FACTOR, verify
-from benchmarks.checks.trial import Setting, Spec, Trial
 
 ALL = ("loss", "expected", "variance", "outside_mass")
 CANDIDATES = 21
-# The Brier score's gradient is a multiple of E - target, so one rounding decides about a whole row: with so few of them
-# plain PyTorch may be lucky in the whole tensor.
+# The Brier score's gradient is a multiple of E - target, so one rounding error decides about a whole row: with few rows
+# plain PyTorch's error may happen to be small in all of them.
 FACTORS = {"brier": 16.0}
 
 
@@ -33,8 +33,10 @@ class Score:
     def __str__(self) -> str:
         return f"{self.kind}, outside_weight {self.outside_weight:g}"
 
-    def options(self, reduction: str) -> dict:
-        return {**dataclasses.asdict(self), "reduction": reduction}
+    def options(self, reduction: str) -> ScoreOptions:
+        return {
+            "kind": self.kind, "outside_weight": self.outside_weight, "eps": self.eps, "reduction": reduction,
+        }  # fmt: skip
 
 
 BRIER, EXPECTED, BERNOULLI = Score("brier", 0.0), Score("expected_brier", 0.5), Score("bernoulli_nll")
@@ -73,24 +75,24 @@ LINEAR_CASES = (
 )
 
 
-def trials() -> Iterator[Trial]:
+def checks() -> Iterator[Check]:
     for score, spec in CASES:
-        yield Trial(f"confidence_loss: {score}, {spec}", partial(logits, score, spec), spec.rare)
+        yield Check(f"confidence_loss: {score}, {spec}", partial(logits, score, spec), spec.rare)
 
 
-def logprob_trials() -> Iterator[Trial]:
+def logprob_checks() -> Iterator[Check]:
     for score, spec in LOGPROB_CASES:
-        yield Trial(f"confidence_loss_from_logprobs: {score}, {spec}", partial(logprobs, score, spec), spec.rare)
+        yield Check(f"confidence_loss_from_logprobs: {score}, {spec}", partial(logprobs, score, spec), spec.rare)
 
 
-def linear_trials() -> Iterator[Trial]:
+def linear_checks() -> Iterator[Check]:
     for score, spec in LINEAR_CASES:
-        yield Trial(f"linear_confidence_loss: {score}, {spec}", partial(linear, score, spec), spec.rare)
+        yield Check(f"linear_confidence_loss: {score}, {spec}", partial(linear, score, spec), spec.rare)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Candidates in no order, and what they are scored against; a target among them lies on a candidate's value."""
+    """Candidates in random order, and the targets, the first of which is a candidate's value."""
 
     ids: Tensor
     values: Tensor
@@ -112,13 +114,13 @@ def logits(score: Score, spec: Spec, setting: Setting) -> None:
     weights = samples.rows(spec, n, vocab, device, g)
     found = scored(n, vocab, weights.off, device, g)
     student, _ = samples.logits(spec, n, vocab + spec.extra, g)
-    if spec.logits == "peaked":  # on the candidates, as a trained model's are
+    if spec.logits == "peaked":  # at the candidates, as in a trained model
         student[:, found.ids.cpu()] += samples.PEAK
     leaf = samples.stored(student, spec, device, weights.off)
     leaf = samples.apart(leaf) if spec.strided else leaf
     options = score.options(spec.reduction)
 
-    def ours(leaves: dict[str, Tensor]) -> dict:
+    def ours(leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
         return caop_fast.confidence_loss(
             samples.within(leaves["logits"]) if spec.strided else leaves["logits"],
             found.ids, found.values, found.target, weights=weights.weights, temperature=spec.temperature,
@@ -132,7 +134,7 @@ def logits(score: Score, spec: Spec, setting: Setting) -> None:
     verify(ours, defined, {"logits": leaf}, spec.flows, factor=FACTORS.get(score.kind, FACTOR))
 
 
-def _of_logits(z: Tensor, spec: Spec, found: Scored, weights: samples.Rows, options: dict) -> dict[str, Tensor]:
+def _of_logits(z: Tensor, spec: Spec, found: Scored, weights: samples.Rows, options: ScoreOptions) -> dict[str, Tensor]:
     z = definitions.clean(z, definitions.effective(weights.weights, None, z))
     log_p = definitions.log_softmax(definitions.tempered(z, spec.temperature, spec.softcap))[:, found.ids]
     return definitions.confidence(log_p, found.values, found.target, weights.weights, **options)
@@ -148,7 +150,7 @@ def logprobs(score: Score, spec: Spec, setting: Setting) -> None:
     leaf = samples.stored(log_p, spec, device, weights.off)
     options = score.options(spec.reduction)
 
-    def ours(leaves: dict[str, Tensor]) -> dict:
+    def ours(leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
         return caop_fast.confidence_loss_from_logprobs(
             leaves["candidate_logprobs"], found.values, found.target, weights=weights.weights,
             backend=setting.backend, **options,
@@ -175,7 +177,7 @@ def linear(score: Score, spec: Spec, setting: Setting) -> None:
             leaves["bias"] = model.bias
     options = score.options(spec.reduction)
 
-    def ours(given: dict[str, Tensor]) -> dict:
+    def ours(given: dict[str, Tensor]) -> dict[str, Tensor | None]:
         return caop_fast.linear_confidence_loss(
             given["hidden"], given.get("weight", model.weight), found.ids, found.values, found.target,
             bias=given.get("bias", model.bias), scale=spec.scale, softcap=spec.softcap, weights=weights.weights,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from torch import Tensor
 
 import caop_fast
-from benchmarks.checks import definitions, samples
+from benchmarks import definitions
+from benchmarks.checks import samples
+from benchmarks.checks.check import Check, DenseOptions, Setting, Spec
 from benchmarks.checks.closeness import verify
-from benchmarks.checks.trial import Setting, Spec, Trial
+from caop_fast import DistillationOutput
 
 ROWWISE = ("divergence", "student_logprob", "student_entropy")
 LOSS_SPECS = (
@@ -57,53 +59,56 @@ ROWS_SPECS = (
 )
 
 
-def trials() -> Iterator[Trial]:
+def checks() -> Iterator[Check]:
     for spec in LOSS_SPECS:
-        yield Trial(f"linear_distillation_loss: {spec.named('beta')}", partial(distillation, spec), spec.rare)
+        yield Check(f"linear_distillation_loss: {spec.named('beta')}", partial(distillation, spec), spec.rare)
 
 
-def rows_trials() -> Iterator[Trial]:
+def rows_checks() -> Iterator[Check]:
     for spec in ROWS_SPECS:
-        yield Trial(f"linear_distillation_rows: {spec.named('beta')}", partial(distillation, spec), spec.rare)
+        yield Check(f"linear_distillation_rows: {spec.named('beta')}", partial(distillation, spec), spec.rare)
 
 
 def distillation(spec: Spec, setting: Setting) -> None:
-    """Loss, statistics and gradients of hidden states, head and bias for one set of options."""
+    """Loss, statistics, and gradients of hidden states, head and bias for one set of options."""
     device, g = setting.device, samples.generator(spec)
     n, vocab = spec.tokens(setting.sizes), spec.columns(setting.sizes)
     rows = samples.rows(spec, n, vocab, device, g)
     student, teacher = samples.projections(spec, setting, n, vocab, g, rows.off)
-    caps = {"student_softcap": spec.softcap, "teacher_softcap": None if spec.softcap is None else 2 * spec.softcap}
-    options = {"beta": rows.beta, "temperature": spec.temperature, **caps}
+    options: DenseOptions = {
+        "beta": rows.beta,
+        "temperature": spec.temperature,
+        "student_softcap": spec.softcap,
+        "teacher_softcap": None if spec.softcap is None else 2 * spec.softcap,
+    }
     leaves = {"student_hidden": student.hidden}
     if not spec.frozen:
         leaves["student_weight"] = student.weight
         if student.bias is not None:
             leaves["student_bias"] = student.bias
-    call = caop_fast.linear_distillation_loss if spec.memory else caop_fast.linear_distillation_rows
+    call: Callable[..., DistillationOutput] = caop_fast.linear_distillation_rows
+    if spec.memory:
+        call = partial(caop_fast.linear_distillation_loss, memory=spec.memory, reduction=spec.reduction)
 
-    def ours(given: dict[str, Tensor]) -> dict:
-        shape = (lambda t: t) if not spec.leading else (lambda t: t.unflatten(0, (2, -1)))
+    def ours(given: dict[str, Tensor]) -> dict[str, Tensor | None]:
         weight = given.get("student_weight", student.weight)
-        extra = {"vocab_size": vocab} if spec.extra else {}
-        extra |= {"memory": spec.memory, "reduction": spec.reduction} if spec.memory else {}
         found = call(
-            shape(given["student_hidden"]),
+            spec.shaped(given["student_hidden"]),
             weight,
-            shape(teacher.hidden),
+            spec.shaped(teacher.hidden),
             weight if spec.shared else teacher.weight,
-            None if rows.labels is None else shape(rows.labels),
+            None if rows.labels is None else spec.shaped(rows.labels),
             student_bias=given.get("student_bias", student.bias),
             teacher_bias=teacher.bias,
             student_scale=spec.scale,
             teacher_scale=1.5 * spec.scale,
             weights=rows.weights,
+            vocab_size=vocab if spec.extra else None,
             chunk_size=spec.chunk_size,
             backend=setting.backend,
             **options,
-            **extra,
         )._asdict()
-        return {k: v.flatten() if spec.leading and v is not None and v.ndim else v for k, v in found.items()}
+        return spec.flattened(found)
 
     def defined(given: dict[str, Tensor]) -> dict[str, Tensor]:
         hidden = given["student_hidden"]

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 import caop_fast
-from benchmarks.checks import definitions, samples
+from benchmarks import definitions
+from benchmarks.checks import samples
+from benchmarks.checks.check import Check, DenseOptions, Setting, Spec
 from benchmarks.checks.closeness import verify
-from benchmarks.checks.trial import Setting, Spec, Trial
+from benchmarks.definitions import IGNORE_INDEX
 
 ROWWISE = ("divergence", "student_logprob", "student_entropy")
 SPECS = (
@@ -63,18 +65,18 @@ SPECS = (
 )
 
 
-def trials() -> Iterator[Trial]:
+def checks() -> Iterator[Check]:
     for spec in SPECS:
-        yield Trial(f"distillation_loss: {spec.named('beta')}", partial(distillation, spec), spec.rare)
+        yield Check(f"distillation_loss: {spec.named('beta')}", partial(distillation, spec), spec.rare)
 
 
-def state_trials() -> Iterator[Trial]:
+def state_checks() -> Iterator[Check]:
     for spec in STATES:
-        yield Trial(f"row_state, merge_states, finish_state: {spec}", partial(states, spec), spec.rare)
+        yield Check(f"row_state, merge_states, finish_state: {spec}", partial(states, spec), spec.rare)
 
 
 def distillation(spec: Spec, setting: Setting) -> None:
-    """Loss, statistics and gradient of one set of options."""
+    """Loss, statistics and gradient for one set of options."""
     device, g = setting.device, samples.generator(spec)
     n, vocab = spec.tokens(setting.sizes), spec.columns(setting.sizes)
     rows = samples.rows(spec, n, vocab, device, g)
@@ -83,25 +85,30 @@ def distillation(spec: Spec, setting: Setting) -> None:
     teacher = samples.stored(teacher, spec, device, rows.off)[:, :vocab]
     leaf = samples.apart(leaf) if spec.strided else leaf
     cap = spec.softcap
-    options = {"beta": rows.beta, "temperature": spec.temperature, "reduction": spec.reduction}
-    options |= {"student_softcap": cap, "teacher_softcap": None if cap is None else 2 * cap}
+    options: DenseOptions = {
+        "beta": rows.beta,
+        "temperature": spec.temperature,
+        "student_softcap": cap,
+        "teacher_softcap": None if cap is None else 2 * cap,
+    }
 
     def narrowed(leaves: dict[str, Tensor]) -> Tensor:
         return samples.within(leaves["student"]) if spec.strided else leaves["student"]
 
-    def ours(leaves: dict[str, Tensor]) -> dict:
+    def ours(leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
         logits = narrowed(leaves)
-        logits = logits.clone() if spec.inplace else logits  # a leaf cannot be written over
-        shape = (lambda t: t) if not spec.leading else (lambda t: t.unflatten(0, (2, -1)))
-        labels = None if rows.labels is None else shape(rows.labels)
+        logits = logits.clone() if spec.inplace else logits  # a leaf cannot be modified in place
         found = caop_fast.distillation_loss(
-            shape(logits), shape(teacher), labels, weights=rows.weights, inplace=spec.inplace,
-            vocab_size=vocab if spec.extra else None, backend=setting.backend, **options,
+            spec.shaped(logits), spec.shaped(teacher), None if rows.labels is None else spec.shaped(rows.labels),
+            weights=rows.weights, inplace=spec.inplace, vocab_size=vocab if spec.extra else None,
+            reduction=spec.reduction, backend=setting.backend, **options,
         )._asdict()  # fmt: skip
-        return {k: v.flatten() if spec.leading and v is not None and v.ndim else v for k, v in found.items()}
+        return spec.flattened(found)
 
     def defined(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        return definitions.dense(narrowed(leaves)[:, :vocab], teacher, rows.labels, rows.weights, **options)
+        return definitions.dense(
+            narrowed(leaves)[:, :vocab], teacher, rows.labels, rows.weights, reduction=spec.reduction, **options
+        )
 
     verify(ours, defined, {"student": leaf}, spec.flows)
 
@@ -116,17 +123,19 @@ STATES = (
 
 
 def states(spec: Spec, setting: Setting) -> None:
-    """States of uneven shards, merged and finished, beside the statistics of the whole rows."""
+    """States of uneven shards, merged and finished, against the statistics of whole rows."""
     device, g = setting.device, samples.generator(spec)
     n, vocab = spec.tokens(setting.sizes), spec.columns(setting.sizes)
     labels = samples.rows(spec, n, vocab, device, g).labels
+    assert labels is not None
     student, teacher = (samples.stored(t, spec, device) for t in samples.logits(spec, n, vocab, g))
     cuts = (0, 1, vocab // 3, vocab)
 
-    def ours(leaves: dict[str, Tensor]) -> dict:
+    def ours(leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
         shards = [
             caop_fast.row_state(
-                leaves["student"][:, a:b], teacher[:, a:b], torch.where(labels == -100, -100, labels - a),
+                leaves["student"][:, a:b], teacher[:, a:b],
+                torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, labels - a),
                 temperature=spec.temperature, student_softcap=spec.softcap, teacher_softcap=spec.softcap,
                 backend=setting.backend,
             )

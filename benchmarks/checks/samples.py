@@ -1,4 +1,4 @@
-"""Inputs of the checks, the same on every machine: drawn on the CPU from a seed that the check's options give."""
+"""Inputs of the checks, the same on every machine: drawn on the CPU, seeded by the check's options."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.checks.trial import Setting, Spec
+from benchmarks.checks.check import Setting, Spec
+from benchmarks.definitions import IGNORE_INDEX
 
 SPREAD = 2.5  # standard deviation of the logits
-GAP = {"normal": 0.7, "peaked": 0.7, "near": 1e-3}  # of the teacher's from the student's, as a share of it
-ODDS = 3.5  # logarithm of those of the one likely id at logits level: higher, and float32 itself would be far off
+GAP = {"normal": 0.7, "peaked": 0.7, "near": 1e-3}  # between teacher and student, as a share of SPREAD
+ODDS = 3.5  # log odds of the likely id in losses on logits; for higher ones float32 itself is inaccurate
 PEAK = 12.0  # added to its logit in the linear losses
-OFFSET, MARGIN = 3, 10  # columns before and besides those of strided rows
+OFFSET, MARGIN = 3, 10  # columns before strided rows, and all that are added to them
 
 
 def generator(spec: object) -> torch.Generator:
@@ -24,7 +25,7 @@ def generator(spec: object) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Rows:
-    """What tokens have beside their logits."""
+    """What tokens have besides their logits."""
 
     labels: Tensor | None
     weights: Tensor | None
@@ -32,24 +33,26 @@ class Rows:
 
     @property
     def off(self) -> Tensor | None:
-        """The rows whose weight is 0 although it is given."""
+        """The rows with a given weight of 0."""
         return None if self.weights is None else self.weights == 0
 
 
 def rows(spec: Spec, n: int, vocab: int, device: torch.device, g: torch.Generator) -> Rows:
-    """Labels with some -100 from the second on, weights with some 0 from the third on."""
+    """Labels, some -100 from the second on; weights, some 0 from the third on."""
     labels = weights = None
-    beta = spec.beta
+    beta: float | Tensor
     if spec.labels:
         labels = torch.randint(0, vocab, (n,), generator=g)
-        labels[1::4] = -100
+        labels[1::4] = IGNORE_INDEX
         labels = labels.to(device)
     if spec.weights:
         weights = torch.rand(n, generator=g) + 0.25
         weights[2::3] = 0
         weights = (weights if spec.weights == "nan" else 0 * weights).to(device)
-    if beta == "per token":
+    if spec.beta == "per token":
         beta = (torch.arange(n) % 2).float().to(device)
+    else:
+        beta = spec.beta
     return Rows(labels, weights, beta)
 
 
@@ -77,12 +80,12 @@ def stored(values: Tensor, spec: Spec, device: torch.device, off: Tensor | None 
 
 
 def apart(values: Tensor) -> Tensor:
-    """The same rows with other columns around them; ``within`` finds them again."""
+    """Rows with other columns around them; the inverse of ``within``."""
     return torch.nn.functional.pad(values, (OFFSET, MARGIN - OFFSET), value=1.0)
 
 
 def within(wider: Tensor) -> Tensor:
-    """The rows of ``apart``, as a view."""
+    """A view of the rows in ``apart``."""
     return wider[:, OFFSET : wider.shape[1] - (MARGIN - OFFSET)]
 
 
@@ -98,7 +101,7 @@ class Projection:
 def projections(
     spec: Spec, setting: Setting, n: int, vocab: int, g: torch.Generator, off: Tensor | None
 ) -> tuple[Projection, Projection]:
-    """Student (``extra`` more ids) and teacher; the logits spread as those of ``logits``."""
+    """Student (with ``extra`` more ids) and teacher; logits have the standard deviation of those of ``logits``."""
     width = setting.sizes.hidden
     hidden = torch.randn(n, width, generator=g, dtype=torch.float64)
     weight = torch.randn(vocab + spec.extra, width, generator=g, dtype=torch.float64) * (SPREAD / width**0.5)
@@ -111,14 +114,17 @@ def projections(
     bias = torch.randn(vocab + spec.extra, generator=g, dtype=torch.float64) if spec.bias else None
 
     def side(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Projection:
-        made = [stored(t, spec, setting.device) for t in (weight, *(() if bias is None else (bias,)))]
-        return Projection(stored(hidden, spec, setting.device, off), made[0], made[1] if spec.bias else None)
+        return Projection(
+            stored(hidden, spec, setting.device, off),
+            stored(weight, spec, setting.device),
+            None if bias is None else stored(bias, spec, setting.device),
+        )
 
     return side(hidden, weight, bias), side(other, teacher_weight, None if bias is None else 0.5 * bias[:vocab])
 
 
 def teacher_list(spec: Spec, teacher: Tensor, k: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The k likeliest ids of float64 logits [n, vocab] in no order, and their float32 log-probabilities."""
+    """The k most likely ids of float64 logits [n, vocab] in random order, and their float32 log-probabilities."""
     n, vocab = teacher.shape
     log_t = (teacher / spec.temperature).log_softmax(-1)
     ids = log_t.topk(min(k, vocab // 2), dim=-1).indices

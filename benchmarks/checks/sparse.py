@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import caop_fast
-from benchmarks.checks import definitions, samples
+from benchmarks import definitions
+from benchmarks.checks import samples
+from benchmarks.checks.check import Check, Setting, Spec, TopkOptions
 from benchmarks.checks.closeness import verify
-from benchmarks.checks.trial import Setting, Spec, Trial
 
 ROWWISE = ("divergence", "student_logprob", "student_entropy")
 SPECS = (
@@ -47,22 +48,32 @@ LINEAR_SPECS = (
 )
 
 
-def trials() -> Iterator[Trial]:
+def checks() -> Iterator[Check]:
     for spec in SPECS:
-        yield Trial(f"topk_distillation_loss: {spec.named('beta', 'tail')}", partial(logits, spec), spec.rare)
+        yield Check(f"topk_distillation_loss: {spec.named('beta', 'tail')}", partial(logits, spec), spec.rare)
 
 
-def linear_trials() -> Iterator[Trial]:
+def linear_checks() -> Iterator[Check]:
     for spec in LINEAR_SPECS:
-        yield Trial(f"linear_topk_distillation_loss: {spec.named('beta', 'tail')}", partial(linear, spec), spec.rare)
+        yield Check(f"linear_topk_distillation_loss: {spec.named('beta', 'tail')}", partial(linear, spec), spec.rare)
 
 
 def listed_half(rows: samples.Rows, ids: Tensor) -> samples.Rows:
-    """Labels that the teacher lists, in every other row that has one."""
+    """In every other row with a label, one that the teacher lists."""
     if rows.labels is None:
         return rows
     known = (rows.labels >= 0) & (ids[:, 0] >= 0) & (torch.arange(len(ids), device=ids.device) % 2 == 0)
     return dataclasses.replace(rows, labels=torch.where(known, ids[:, 0], rows.labels))
+
+
+def options_of(spec: Spec, rows: samples.Rows) -> TopkOptions:
+    return {
+        "tail": spec.tail,
+        "beta": rows.beta,
+        "temperature": spec.temperature,
+        "student_softcap": spec.softcap,
+        "reduction": spec.reduction,
+    }
 
 
 def logits(spec: Spec, setting: Setting) -> None:
@@ -75,10 +86,9 @@ def logits(spec: Spec, setting: Setting) -> None:
     rows = listed_half(rows, ids)
     leaf = samples.stored(student, spec, device, rows.off)
     leaf = samples.apart(leaf) if spec.strided else leaf
-    options = {"tail": spec.tail, "beta": rows.beta, "temperature": spec.temperature, "reduction": spec.reduction}
-    options |= {"student_softcap": spec.softcap}
+    options = options_of(spec, rows)
 
-    def ours(leaves: dict[str, Tensor]) -> dict:
+    def ours(leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
         z = samples.within(leaves["student"]) if spec.strided else leaves["student"]
         return caop_fast.topk_distillation_loss(
             z.clone() if spec.inplace else z, ids, logprobs, rows.labels, weights=rows.weights, inplace=spec.inplace,
@@ -107,10 +117,9 @@ def linear(spec: Spec, setting: Setting) -> None:
         leaves["student_weight"] = student.weight
         if student.bias is not None:
             leaves["student_bias"] = student.bias
-    options = {"tail": spec.tail, "beta": rows.beta, "temperature": spec.temperature, "reduction": spec.reduction}
-    options |= {"student_softcap": spec.softcap}
+    options = options_of(spec, rows)
 
-    def ours(given: dict[str, Tensor]) -> dict:
+    def ours(given: dict[str, Tensor]) -> dict[str, Tensor | None]:
         return caop_fast.linear_topk_distillation_loss(
             given["student_hidden"], given.get("student_weight", student.weight), ids, logprobs, rows.labels,
             student_bias=given.get("student_bias", student.bias), student_scale=spec.scale, weights=rows.weights,

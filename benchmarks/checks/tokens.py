@@ -8,9 +8,10 @@ from functools import partial
 from torch import Tensor
 
 import caop_fast
-from benchmarks.checks import definitions, samples
+from benchmarks import definitions
+from benchmarks.checks import samples
+from benchmarks.checks.check import Check, Setting, Spec, TokenOptions
 from benchmarks.checks.closeness import verify
-from benchmarks.checks.trial import Setting, Spec, Trial
 
 ALL = ("logprob", "entropy", "lse")
 SPECS = (
@@ -38,14 +39,14 @@ LINEAR_SPECS = (
 )
 
 
-def trials() -> Iterator[Trial]:
+def checks() -> Iterator[Check]:
     for spec in SPECS:
-        yield Trial(f"token_statistics: {spec}", partial(logits, spec), spec.rare)
+        yield Check(f"token_statistics: {spec}", partial(logits, spec), spec.rare)
 
 
-def linear_trials() -> Iterator[Trial]:
+def linear_checks() -> Iterator[Check]:
     for spec in LINEAR_SPECS:
-        yield Trial(f"linear_token_statistics: {spec}", partial(linear, spec), spec.rare)
+        yield Check(f"linear_token_statistics: {spec}", partial(linear, spec), spec.rare)
 
 
 def logits(spec: Spec, setting: Setting) -> None:
@@ -55,9 +56,9 @@ def logits(spec: Spec, setting: Setting) -> None:
     rows = samples.rows(spec, n, vocab, device, g)
     leaf = samples.stored(samples.logits(spec, n, vocab + spec.extra, g)[0], spec, device, rows.off)
     leaf = samples.apart(leaf) if spec.strided else leaf
-    options = {"temperature": spec.temperature, "softcap": spec.softcap}
+    options: TokenOptions = {"temperature": spec.temperature, "softcap": spec.softcap}
 
-    def ours(leaves: dict[str, Tensor]) -> dict:
+    def ours(leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
         z = samples.within(leaves["logits"]) if spec.strided else leaves["logits"]
         return caop_fast.token_statistics(
             z.clone() if spec.inplace else z, rows.labels, weights=rows.weights, inplace=spec.inplace,
@@ -82,9 +83,9 @@ def linear(spec: Spec, setting: Setting) -> None:
         leaves["weight"] = model.weight
         if model.bias is not None:
             leaves["bias"] = model.bias
-    options = {"temperature": spec.temperature, "softcap": spec.softcap}
+    options: TokenOptions = {"temperature": spec.temperature, "softcap": spec.softcap}
 
-    def ours(given: dict[str, Tensor]) -> dict:
+    def ours(given: dict[str, Tensor]) -> dict[str, Tensor | None]:
         return caop_fast.linear_token_statistics(
             given["hidden"], given.get("weight", model.weight), rows.labels, bias=given.get("bias", model.bias),
             scale=spec.scale, weights=rows.weights, vocab_size=vocab if spec.extra else None,

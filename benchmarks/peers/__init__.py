@@ -1,7 +1,7 @@
-"""What is measured: caop_fast and the code it is compared with, each behind ``Peer``.
+"""The implementations that are measured: caop_fast and those it is compared with, each a ``Peer``.
 
-``peer.py`` is the interface, one file each holds ours, plain PyTorch, the official trainer's loss, liger-kernel, trl,
-and the cross-entropies of other packages. A package is imported only when one of its losses is built.
+``peer.py`` is the interface; one file each has ours, plain PyTorch, the loss of the released trainer, liger-kernel,
+trl, and the cross-entropies of other packages. A package is imported only when one of its losses is built.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ ALL: tuple[Peer, ...] = (
     *liger.PEERS,
     *cross_entropy.PEERS,
 )
-BY_NAME = {peer.name: peer for peer in ALL}
 
-__all__ = ["ALL", "BY_NAME", "Loss", "Peer", "for_case"]
+__all__ = ["ALL", "Loss", "Peer", "for_case", "named"]
+
+
+def named(name: str) -> Peer:
+    """The implementation of that name."""
+    return next(peer for peer in ALL if peer.name == name)
 
 
 def for_case(case: Case, *, quick: bool = False) -> list[Peer]:
-    """Those with a loss for the suite of ``case``, ours first; ``quick`` without the second one that compiles."""
+    """Those with a loss for the suite of ``case``, ours first; ``quick``: only one that is compiled."""
     return [p for p in ALL if case.suite in p.suites and not (quick and p.name == "official-compiled")]

@@ -25,23 +25,23 @@ def chunked_jsd(case: Case) -> Loss:
 
 
 def _from_hidden(module: Callable[..., Tensor]) -> Loss:
-    """On the tokens that count: the module masks by label, but projects every token it is given."""
+    """On unmasked tokens: the module masks by label, but projects every token it is given."""
 
     def run(i: Inputs) -> Tensor:
-        hidden, teacher, labels = i.counting(i.hidden, i.teacher_hidden, i.labels)
-        return module(hidden, i.weight, teacher, i.teacher_weight, labels)
+        hidden, teacher, labels = i.unmasked("hidden", "teacher_hidden", "labels")
+        return module(hidden, i["weight"], teacher, i["teacher_weight"], labels)
 
     return run
 
 
 def jsd(case: Case) -> Loss:
-    """The module takes log-probabilities: the two float32 softmaxes are part of the work, as for any user of it."""
+    """The module takes log-probabilities: computing them in float32 is part of the work, as for any user of it."""
     from liger_kernel.transformers.jsd import LigerJSD
 
     module = LigerJSD(beta=case.beta)
 
     def run(i: Inputs) -> Tensor:
-        student, teacher, labels = i.counting(i.student, i.teacher, i.labels)
+        student, teacher, labels = i.unmasked("student", "teacher", "labels")
         return module(_log_p(student), _log_p(teacher), labels)
 
     return run
@@ -51,7 +51,7 @@ def kl_div(case: Case) -> Loss:
     from liger_kernel.transformers.kl_div import LigerKLDIVLoss
 
     module = LigerKLDIVLoss(reduction="batchmean", log_target=True)
-    return lambda i: module(*(_log_p(x) for x in i.counting(i.student, i.teacher)))
+    return lambda i: module(*(_log_p(x) for x in i.unmasked("student", "teacher")))
 
 
 def _log_p(logits: Tensor) -> Tensor:

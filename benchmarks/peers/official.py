@@ -1,9 +1,9 @@
-"""The distillation loss with all that the released CaOPD trainer computes around it, in words of our own.
+"""The distillation loss and the statistics that the released CaOPD trainer computes with it, reimplemented.
 
 The trainer (SalesforceAIResearch/CaOPD, ``distil_trainer.py``) calls both models for the logits of the completion,
-takes log-probabilities of the sampled tokens, all log-probabilities and entropies of both (each with a softmax of its
-own), the divergence elementwise, and a masked mean. Its ``alpha`` is ``beta`` here. Logits are float32, as mixed
-precision hands them to a loss.
+computes log-probabilities of the sampled tokens, all log-probabilities and the entropies of both (each with its own
+softmax), the divergence elementwise, and a masked mean. Its ``alpha`` is ``beta`` here. Logits are float32, as a loss
+gets them under mixed precision.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case
+from benchmarks.definitions import IGNORE_INDEX
 from benchmarks.inputs import Inputs
 from benchmarks.peers import plain
 from benchmarks.peers.peer import Loss, Peer
@@ -36,30 +37,31 @@ def loss(student: Tensor, teacher: Tensor, labels: Tensor, beta: float) -> tuple
     del teacher
     student_logprob, student_all, student_entropy = statistics(student, labels)
     del student
-    mask = (labels != -100).to(student_all.dtype)
+    mask = (labels != IGNORE_INDEX).to(student_all.dtype)
     per_token = plain.between(student_all, teacher_all, beta)
     mean = (per_token * mask).sum() / mask.sum()
     return mean, student_logprob, teacher_logprob, student_entropy, teacher_entropy
 
 
 def build(case: Case, *, compiled: bool = False) -> Loss:
-    """``loss`` on logits, or behind both projections."""
+    """``loss`` on logits, or after both projections."""
 
     def student(i: Inputs) -> Tensor:
-        return plain.capped(i.hidden @ i.weight.t() if case.linear else i.student, case.softcap)
+        return plain.capped(i["hidden"] @ i["weight"].t() if case.linear else i["student"], case.softcap)
 
     @torch.no_grad()
     def teacher(i: Inputs) -> Tensor:
-        return plain.capped(i.teacher_hidden @ i.teacher_weight.t() if case.linear else i.teacher, case.softcap)
+        logits = i["teacher_hidden"] @ i["teacher_weight"].t() if case.linear else i["teacher"]
+        return plain.capped(logits, case.softcap)
 
-    def run(i: Inputs) -> tuple[Tensor, ...]:  # logits have no name here, so that none is held longer than by the loss
-        return loss(student(i), teacher(i), i.labels, case.beta)
+    def run(i: Inputs) -> tuple[Tensor, ...]:  # no variable for the logits, which would keep them alive
+        return loss(student(i), teacher(i), i["labels"], case.beta)
 
     return plain.first(run, compiled)
 
 
 def _one_size(case: Case, device: torch.device) -> str | None:
-    """Compiling takes longer than all else, and ``plain-compiled``, which does less, is measured everywhere."""
+    """Compilation takes longest of all; ``plain-compiled``, which computes less, is measured everywhere."""
     return None if case.model == "small" or case.n == COMPILED_AT else f"compiled at N {COMPILED_AT} only"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -12,61 +12,82 @@ from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
 from benchmarks.peers.peer import Loss, Peer, interpreted
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 STATISTICS = "loss, both log-probabilities, both entropies"
 GIVES = {
-    **dict.fromkeys(("linear", "logits", "topk"), STATISTICS),
+    **dict.fromkeys(("logits", "topk"), STATISTICS),
     "confidence": "loss, expected value, variance, mass outside",
     "tokens": "log-probability, entropy, log-sum-exp",
 }
 
 
 def backend() -> str:
-    """Triton's interpreter where the process runs it, else what a user gets."""
+    """Triton if the process runs its interpreter, else what a user gets."""
     return "triton" if interpreted() else "auto"
 
 
-def build(case: Case, **options: Any) -> Loss:
-    """The loss of ``case``; ``options`` go to the function."""
-    both = {"student_softcap": case.softcap, "teacher_softcap": case.softcap, "beta": case.beta}
-    student = {"student_softcap": case.softcap, "beta": case.beta}
-    one = {"softcap": case.softcap}
-    common = {"backend": backend(), **options}
+class Options(TypedDict, total=False):
+    """Of the linear distillation loss: what the variants change."""
+
+    memory: str
+    logits_dtype: torch.dtype
+
+
+def build(case: Case, **options: Unpack[Options]) -> Loss:
+    """The loss of ``case``; ``options`` are passed to ``linear_distillation_loss``."""
+    cap, beta, engine = case.softcap, case.beta, backend()
 
     def logits(i: Inputs) -> Tensor:
-        return caop_fast.distillation_loss(i.student, i.teacher, i.labels, **both, **common).loss
+        return the(
+            caop_fast.distillation_loss(
+                i["student"], i["teacher"], i["labels"], student_softcap=cap, teacher_softcap=cap, beta=beta,
+                backend=engine,
+            ).loss
+        )  # fmt: skip
 
     def linear(i: Inputs) -> Tensor:
-        hidden, teacher, labels = i.counting(i.hidden, i.teacher_hidden, i.labels)
-        return caop_fast.linear_distillation_loss(
-            hidden, i.weight, teacher, i.teacher_weight, labels, **both, **common
-        ).loss
+        hidden, teacher, labels = i.unmasked("hidden", "teacher_hidden", "labels")
+        return the(
+            caop_fast.linear_distillation_loss(
+                hidden, i["weight"], teacher, i["teacher_weight"], labels, student_softcap=cap, teacher_softcap=cap,
+                beta=beta, backend=engine, **options,
+            ).loss
+        )  # fmt: skip
 
     def topk(i: Inputs) -> Tensor:
-        return caop_fast.topk_distillation_loss(
-            i.student, i.teacher_ids, i.teacher_logprobs, i.labels, **student, **common
-        ).loss
+        return the(
+            caop_fast.topk_distillation_loss(
+                i["student"], i["teacher_ids"], i["teacher_logprobs"], i["labels"], student_softcap=cap, beta=beta,
+                backend=engine,
+            ).loss
+        )  # fmt: skip
 
     def linear_topk(i: Inputs) -> Tensor:
-        hidden, ids, logprobs, labels = i.counting(i.hidden, i.teacher_ids, i.teacher_logprobs, i.labels)
-        return caop_fast.linear_topk_distillation_loss(
-            hidden, i.weight, ids, logprobs, labels, **student, **common
-        ).loss
+        hidden, ids, logprobs, labels = i.unmasked("hidden", "teacher_ids", "teacher_logprobs", "labels")
+        return the(
+            caop_fast.linear_topk_distillation_loss(
+                hidden, i["weight"], ids, logprobs, labels, student_softcap=cap, beta=beta, backend=engine
+            ).loss
+        )
 
     def confidence(i: Inputs) -> Tensor:
-        return caop_fast.confidence_loss(i.student, i.candidate_ids, i.candidate_values, i.target, **one, **common).loss
+        candidates = i["candidate_ids"], i["candidate_values"], i["target"]
+        return caop_fast.confidence_loss(i["student"], *candidates, softcap=cap, backend=engine).loss
 
     def linear_confidence(i: Inputs) -> Tensor:
-        return caop_fast.linear_confidence_loss(
-            i.hidden, i.weight, i.candidate_ids, i.candidate_values, i.target, **one, **common
-        ).loss
+        candidates = i["candidate_ids"], i["candidate_values"], i["target"]
+        return caop_fast.linear_confidence_loss(i["hidden"], i["weight"], *candidates, softcap=cap, backend=engine).loss
 
     def tokens(i: Inputs) -> Tensor:
-        out = caop_fast.token_statistics(i.student, i.labels, **one, **common)
-        return -out.logprob.sum() / i.count
+        found = caop_fast.token_statistics(i["student"], i["labels"], softcap=cap, backend=engine)
+        return -the(found.logprob).sum() / i.count
 
     def linear_tokens(i: Inputs) -> Tensor:
-        hidden, labels = i.counting(i.hidden, i.labels)
-        return -caop_fast.linear_token_statistics(hidden, i.weight, labels, **one, **common).logprob.mean()
+        hidden, labels = i.unmasked("hidden", "labels")
+        found = caop_fast.linear_token_statistics(hidden, i["weight"], labels, softcap=cap, backend=engine)
+        return -the(found.logprob).mean()
 
     return {
         "logits": logits,
@@ -80,22 +101,28 @@ def build(case: Case, **options: Any) -> Loss:
     }[case.suite]
 
 
+def the(output: Tensor | None) -> Tensor:
+    """An output that is not None with these arguments."""
+    assert output is not None
+    return output
+
+
 def build_rows(case: Case) -> Loss:
-    """``linear_distillation_rows``, for weights that follow from the statistics."""
+    """``linear_distillation_rows``, for weights that depend on the statistics."""
 
     def linear(i: Inputs) -> Tensor:
-        hidden, teacher, labels = i.counting(i.hidden, i.teacher_hidden, i.labels)
-        out = caop_fast.linear_distillation_rows(
-            hidden, i.weight, teacher, i.teacher_weight, labels, student_softcap=case.softcap,
+        hidden, teacher, labels = i.unmasked("hidden", "teacher_hidden", "labels")
+        found = caop_fast.linear_distillation_rows(
+            hidden, i["weight"], teacher, i["teacher_weight"], labels, student_softcap=case.softcap,
             teacher_softcap=case.softcap, beta=case.beta, backend=backend(),
         )  # fmt: skip
-        return out.divergence.mean()
+        return found.divergence.mean()
 
     return linear
 
 
 def traffic(case: Case, rows: int) -> int | None:
-    """Bytes of logits the kernels read and write: statistics, for a mixture once more, and the gradient."""
+    """Bytes of logits that the kernels read and write: for the statistics (twice for a JSD) and for the gradient."""
     width = getattr(torch, case.dtype).itemsize
     if case.suite == "logits":
         reads = 2 if case.beta in (0.0, 1.0) else 3

@@ -1,4 +1,4 @@
-"""The interface that everything measured stands behind."""
+"""The interface of the implementations that are measured."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.inputs import Inputs
 
-WRONG = 0.02  # relative error of loss or gradient from which a contender is not timed, unless something is known of it
-Loss = Callable[[Inputs], Tensor]  # inputs to a scalar, the mean over the tokens that count
+WRONG = 0.02  # relative error of loss or gradient above which an implementation is not timed, unless it has a limit
+Loss = Callable[[Inputs], Tensor]  # maps inputs to a scalar, the mean over the unmasked tokens
 
 
 def no_refusal(case: Case, device: torch.device) -> str | None:
@@ -31,14 +31,14 @@ class Peer:
 
     Attributes:
         name: in tables.
-        suites: those it has a loss for.
-        build: the loss of a case, through the implementation's own public API with its defaults.
-        gives: what a call returns beside the gradient, or that by the kind of suite ("tokens" for "linear-tokens" too).
-        limit: relative error of loss or gradient from which it is not timed.
-        rounding: it rounds the logits of bfloat16 heads to bfloat16.
-        refuses: why it cannot do a case on a device, or None.
-        package: import name of what must be installed.
-        traffic: bytes it is known to read and write for a case's ``rows`` that count.
+        suites: that it has a loss for.
+        build: the loss of a case, through the public API of the implementation with its defaults.
+        gives: what a call returns besides the gradient; where that differs, by ``Case.kind``.
+        limit: relative error of loss or gradient above which it is not timed.
+        rounding: whether it rounds the logits of bfloat16 heads to bfloat16.
+        refuses: why it does not support a case on a device, or None.
+        package: import name of the package that must be installed.
+        traffic: bytes it is known to read and write for a case with ``rows`` unmasked tokens.
     """
 
     name: str
@@ -52,14 +52,14 @@ class Peer:
     traffic: Callable[[Case, int], int | None] = no_traffic
 
     def gives_for(self, case: Case) -> str:
-        return self.gives if isinstance(self.gives, str) else self.gives[case.suite.removeprefix("linear-")]
+        return self.gives if isinstance(self.gives, str) else self.gives[case.kind]
 
     def rounds(self, case: Case) -> bool:
-        """Whether logits are rounded to bfloat16 before they are compared with a near model's."""
+        """Whether logits are rounded to bfloat16, which is coarse for models that are near."""
         return self.rounding and case.dtype == "bfloat16" and case.suite in ("linear", "linear-topk")
 
     def refusal(self, case: Case, device: torch.device) -> str | None:
-        """Why ``case`` is not measured with it on ``device``; None when it is."""
+        """Why ``case`` is not measured on ``device``, or None."""
         if case.suite not in self.suites:
             return f"has no loss for the suite {case.suite}"
         if self.package is not None and not installed(self.package):
@@ -76,10 +76,10 @@ def installed(package: str) -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter plays the GPU in this process."""
+    """Whether Triton runs its kernels in the interpreter in this process."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def needs_gpu(case: Case, device: torch.device) -> str | None:
-    """A Triton kernel of a peer's: run on a CPU only by the interpreter."""
+    """A peer's Triton kernel runs on a CPU only in the interpreter."""
     return None if device.type == "cuda" or interpreted() else "a Triton kernel: needs a GPU"

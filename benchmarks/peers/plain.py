@@ -24,15 +24,15 @@ def linear_distillation(
     """The same from hidden states and heads."""
 
     @torch.no_grad()
-    def theirs() -> Tensor:
+    def teacher_logits() -> Tensor:
         return (teacher_hidden @ teacher_weight.t()).float()
 
-    return divergence((student_hidden @ student_weight.t()).float(), theirs(), labels, 0.0)  # no name holds logits
+    return divergence((student_hidden @ student_weight.t()).float(), teacher_logits(), labels, 0.0)
 
 
 def divergence(student: Tensor, teacher: Tensor, labels: Tensor, beta: float) -> tuple[Tensor, ...]:
-    """Of float32 logits: the mean divergence, and per token what ``distillation`` gives."""
-    student = F.log_softmax(student, dim=-1)  # one after the other: the logits are let go in between
+    """Of float32 logits: the mean divergence, and per token what ``distillation`` returns."""
+    student = F.log_softmax(student, dim=-1)  # the logits are freed before the next line
     teacher = F.log_softmax(teacher, dim=-1)
     per_token = between(student, teacher, beta)
     column = labels.unsqueeze(-1)
@@ -45,7 +45,7 @@ def divergence(student: Tensor, teacher: Tensor, labels: Tensor, beta: float) ->
 
 
 def between(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """Divergence [N] of log-probabilities [N, V]: 0 forward KL, 1 reverse KL, between the mixture (GKD)."""
+    """Divergence [N] of log-probabilities [N, V]: beta 0 forward KL, 1 reverse KL, between them that of GKD."""
     if beta == 0:
         return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
     if beta == 1:
@@ -57,23 +57,25 @@ def between(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 
 def sparse(student: Tensor, ids: Tensor, logprobs: Tensor, labels: Tensor, beta: float) -> tuple[Tensor, ...]:
-    """Against k listed ids and a bucket for all else; the log-probability of the label and the entropy with it."""
+    """Against k listed ids and one outcome for all others; also the log-probability of the label and the entropy."""
     student = F.log_softmax(student, dim=-1)
     listed = student.gather(-1, ids)
-    sides = []
-    for side in (listed, logprobs):
-        inside = torch.logsumexp(side, dim=-1, keepdim=True).clamp(max=-1e-7)
-        sides.append(torch.cat([side, torch.log(-torch.expm1(inside))], dim=-1))
-    per_token = between(*sides, beta)
+    per_token = between(with_rest(listed), with_rest(logprobs), beta)
     with torch.no_grad():
         entropy = -(student.exp() * student).sum(-1)
     return per_token.mean(), student.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy
 
 
-def score(logits: Tensor, ids: Tensor, values: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """Cross-entropy of the candidates to the target, split between its neighbours, and the mass off the candidates.
+def with_rest(log_p: Tensor) -> Tensor:
+    """``log_p`` [N, k] and the log-probability of all other ids [N, k + 1]."""
+    inside = torch.logsumexp(log_p, dim=-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([log_p, torch.log(-torch.expm1(inside))], dim=-1)
 
-    With it the expected value, its variance and the mass outside, per token.
+
+def score(logits: Tensor, ids: Tensor, values: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Cross-entropy of the candidates to the interpolated target, minus the log of the mass on the candidates.
+
+    Also the expected value, its variance and the mass outside, per token.
     """
     candidates = F.log_softmax(logits, dim=-1)[:, ids]
     inside = torch.logsumexp(candidates, dim=-1)
@@ -105,46 +107,46 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def first(run: Callable[[Inputs], tuple[Tensor, ...]], compiled: bool) -> Loss:
-    """The loss of ``run``; compiled with all that ``run`` returns, or the compiler would leave the statistics out."""
+    """The loss that ``run`` returns first; it is compiled as a whole, or the statistics would be eliminated."""
     whole = torch.compile(run, dynamic=False) if compiled else run
     return lambda i: whole(i)[0]
 
 
 def build(case: Case, *, compiled: bool = False) -> Loss:
-    """The loss of ``case`` on the tokens that count; ``compiled`` by ``torch.compile`` as a whole."""
+    """The loss of ``case`` on the unmasked tokens; ``compiled`` by ``torch.compile`` as a whole."""
 
     def student_logits(i: Inputs) -> Tensor:
         if not case.linear:
-            return capped(i.counting(i.student)[0], case.softcap)
-        return capped(i.counting(i.hidden)[0] @ i.weight.t(), case.softcap)
+            return capped(i.unmasked("student")[0], case.softcap)
+        return capped(i.unmasked("hidden")[0] @ i["weight"].t(), case.softcap)
 
     def teacher_logits(i: Inputs) -> Tensor:
         with torch.no_grad():
             if not case.linear:
-                return capped(i.counting(i.teacher)[0], case.softcap)
-            return capped(i.counting(i.teacher_hidden)[0] @ i.teacher_weight.t(), case.softcap)
+                return capped(i.unmasked("teacher")[0], case.softcap)
+            return capped(i.unmasked("teacher_hidden")[0] @ i["teacher_weight"].t(), case.softcap)
 
     def dense(i: Inputs) -> tuple[Tensor, ...]:
-        (labels,) = i.counting(i.labels)  # a starred argument, or a name for the logits, would hold them
+        (labels,) = i.unmasked("labels")  # no variable for the logits, which would keep them alive
         return divergence(student_logits(i), teacher_logits(i), labels, case.beta)
 
     def listed(i: Inputs) -> tuple[Tensor, ...]:
-        ids, logprobs, labels = i.counting(i.teacher_ids, i.teacher_logprobs, i.labels)
+        ids, logprobs, labels = i.unmasked("teacher_ids", "teacher_logprobs", "labels")
         return sparse(student_logits(i), ids, logprobs, labels, case.beta)
 
     def confidence(i: Inputs) -> tuple[Tensor, ...]:
-        return score(student_logits(i), i.candidate_ids, i.candidate_values, i.target)
+        return score(student_logits(i), i["candidate_ids"], i["candidate_values"], i["target"])
 
     def one_model(i: Inputs) -> tuple[Tensor, ...]:
-        (labels,) = i.counting(i.labels)
+        (labels,) = i.unmasked("labels")
         return tokens(student_logits(i), labels)
 
-    kind = case.suite.removeprefix("linear-")
-    return first({"topk": listed, "confidence": confidence, "tokens": one_model}.get(kind, dense), compiled)
+    by_kind = {"logits": dense, "topk": listed, "confidence": confidence, "tokens": one_model}
+    return first(by_kind[case.kind], compiled)
 
 
 GIVES = {
-    **dict.fromkeys(("linear", "logits"), "loss, both log-probabilities, both entropies"),
+    "logits": "loss, both log-probabilities, both entropies",
     "topk": "loss, log-probability, entropy",
     "confidence": "loss, expected value, variance, mass outside",
     "tokens": "log-probability, entropy",

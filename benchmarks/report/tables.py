@@ -1,4 +1,4 @@
-"""Numbers in words of a fixed width of meaning, and Markdown tables that no text can break."""
+"""Numbers as text, and Markdown tables whose cells are escaped."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-NOTHING = "–"  # in a cell: not known, or not to be had
+NOTHING = "–"  # in a cell: not known, or does not apply
 
 
 def escape(text: Any) -> str:
-    """Text for a cell or a list item: in one line, nothing in it taken for Markdown."""
+    """Text for a cell or a list item: one line, Markdown escaped."""
     line = " ".join(str(text).split())
     return re.sub(r"([\\|<>*`\[\]~$])", r"\\\1", line)
 
@@ -22,9 +22,9 @@ def cut(text: str, characters: int = 300) -> str:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of a Markdown table and a blank one behind; the first ``left`` columns are text, the others numbers.
+    """Lines of a Markdown table and a blank one; the first ``left`` columns are text, the others numbers.
 
-    Cells go in as they are: text from outside passes through ``escape`` first.
+    Cells are not escaped here.
     """
     marks = ["---" if i < left else "---:" for i in range(len(headers))]
     return [_row(headers), _row(marks), *(_row(row) for row in rows), ""]
@@ -35,7 +35,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """``value`` with ``digits`` significant digits or to the unit, without an exponent between 1e-4 and 1e7."""
+    """``value`` with at least ``digits`` significant digits, without an exponent between 1e-4 and 1e7."""
     if value is None:
         return NOTHING
     if not math.isfinite(value):
@@ -54,7 +54,7 @@ def times(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share, given as a fraction, in whole per cent (with one decimal below 10)."""
+    """A fraction as a percentage, with one decimal below 10."""
     return NOTHING if value is None else f"{100 * value:.{0 if abs(value) >= 0.0995 else 1}f} %"
 
 
@@ -71,19 +71,19 @@ def error(value: float | None) -> str:
 
 
 def over(value: float | None, other: float | None) -> float | None:
-    """``value / other``; None where either is missing or the divisor is 0."""
+    """``value / other``; None if either is missing or the divisor is 0."""
     return None if value is None or not other else value / other
 
 
 def spread(middle: float | None, low: float | None, high: float | None, rounds: int) -> str:
-    """A median, its range, and of how many rounds: "12.3 (12.1–12.9; 50)"."""
+    """A median, a range, and the number of rounds: "12.3 (12.1–12.9; 50)"."""
     if middle is None or low is None or high is None:
         return number(middle)
     return f"{number(middle)} ({number(low)}–{number(high)}; {rounds})"
 
 
 def spread_of(ratios: Sequence[float]) -> str:
-    """Median, least and greatest of some ratios: "1.5x (1.2–2.1)"."""
+    """Median, minimum and maximum of ratios: "1.5x (1.2–2.1)"."""
     if not ratios:
         return NOTHING
     if len(ratios) == 1:
@@ -92,7 +92,7 @@ def spread_of(ratios: Sequence[float]) -> str:
 
 
 def listed(words: Iterable[str], most: int | None = None) -> str:
-    """``words`` with commas; behind ``most`` of them only how many more there are."""
+    """``words`` joined by commas; after ``most`` of them only how many more there are."""
     words = list(words)
     if most is None or len(words) <= most:
         return ", ".join(words)

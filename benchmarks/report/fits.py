@@ -1,14 +1,14 @@
-"""How time and memory grow: power laws and straight lines through records that differ in one size only."""
+"""How time and memory scale: power laws and straight lines fitted to records that differ in one size only."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from benchmarks.groups import OURS, Group, dtype_order, groups, impl_order, impls, suite_order
-from benchmarks.records import Record
+from benchmarks.records import OURS, Record, Shape
+from benchmarks.report.groups import Group, groups, impl_order, impls, setting_order, suite_order
 
 Variable = Literal["n", "v", "h"]
 Quantity = Literal["time", "memory"]
@@ -20,39 +20,33 @@ NOISE = 1e-9  # share of a quantity below which its variation is rounding
 
 @dataclass(frozen=True)
 class Sweep:
-    """Cases of a suite that differ in ``variable`` only.
+    """Cases of a suite that differ in one size only.
 
     Attributes:
-        variable: "n", "v" or "h".
-        groups: the cases, by growing ``variable``. Where V or H vary they may have different models.
-        n, v, h: the sizes that are held; None for the one that varies (and for H at logits level).
-        The others are those of ``Record``.
+        suite: of the cases.
+        variable: the size that varies, "n", "v" or "h".
+        shape: what is equal in all cases. Where V or H vary they may have different models.
+        groups: the cases, by increasing size.
     """
 
     suite: str
     variable: Variable
-    dtype: str | None
-    beta: float | None
-    head_trained: bool | None
-    masked: float
-    n: int | None
-    v: int | None
-    h: int | None
+    shape: Shape
     groups: tuple[Group, ...]
 
     @property
     def models(self) -> list[str]:
-        return list(dict.fromkeys(g.model for g in self.groups if g.model))
+        return list(dict.fromkeys(g.shape.model for g in self.groups if g.shape.model))
 
     def x(self, group: Group) -> int:
-        return getattr(group, self.variable)
+        return int(getattr(group.shape, self.variable))
 
     def points(self, impl: str, quantity: Quantity) -> list[tuple[int, float]]:
         """Sizes, and milliseconds or bytes, where ``impl`` was measured."""
         return [(self.x(g), y) for g in self.groups if (y := value(g.ok(impl), quantity)) is not None]
 
     def reached(self, impl: str = OURS) -> int:
-        """Different sizes ``impl`` was measured at."""
+        """Number of different sizes that ``impl`` was measured at."""
         return len({x for x, _ in self.points(impl, "time")})
 
     @property
@@ -62,7 +56,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Fit:
-    """Growth of one quantity of one implementation along a sweep.
+    """Scaling of one quantity of one implementation along a sweep.
 
     Attributes:
         sweep: the cases.
@@ -96,28 +90,30 @@ def value(record: Record | None, quantity: Quantity) -> float | None:
 
 def sweeps(found: Iterable[Group], points: int = POINTS) -> list[Sweep]:
     """Every series of cases with at least ``points`` different sizes, whether or not all could be measured."""
-    lines: dict[tuple, list[Group]] = {}
+    lines: dict[tuple[str, Variable, Shape, str | None], list[Group]] = {}
     for group in found:
         for variable in VARIABLES:
-            if getattr(group, variable) is None or group.suite == "step":
+            if getattr(group.shape, variable) is None or group.suite == "step":
                 continue
-            held = tuple(None if name == variable else getattr(group, name) for name in VARIABLES)
-            model = group.model if variable == "n" else None  # V and H vary with the model
-            setting = group.dtype, group.beta, group.head_trained, group.masked
-            lines.setdefault((group.suite, variable, *setting, *held, model), []).append(group)
-    made = []
-    for (*fields, _model), same in lines.items():
-        same = sorted(same, key=lambda g, name=fields[1]: (getattr(g, name), g.model or "", g.case))
-        if len({getattr(g, fields[1]) for g in same}) >= points:
-            made.append(Sweep(*fields, tuple(same)))
+            model = group.shape.model if variable == "n" else None  # V and H vary with the model
+            held = group.shape.without("model").without(variable)
+            lines.setdefault((group.suite, variable, held, model), []).append(group)
+    made = [
+        Sweep(suite, variable, held, tuple(sorted(same, key=_size_order(variable))))
+        for (suite, variable, held, _), same in lines.items()
+        if len({getattr(g.shape, variable) for g in same}) >= points
+    ]
     return sorted(made, key=_order)
 
 
-def _order(sweep: Sweep) -> tuple:
-    beta = -1.0 if sweep.beta is None else sweep.beta
-    held = sweep.n or 0, sweep.v or 0, sweep.h or 0
-    setting = VARIABLES.index(sweep.variable), dtype_order(sweep.dtype), beta, sweep.head_trained is False, sweep.masked
-    return suite_order(sweep.suite), setting, held, sweep.models
+def _size_order(variable: Variable) -> Callable[[Group], tuple[int, str, str]]:
+    return lambda group: (getattr(group.shape, variable), group.shape.model or "", group.case)
+
+
+def _order(sweep: Sweep) -> tuple[Any, ...]:
+    s = sweep.shape
+    held = s.n or 0, s.v or 0, s.h or 0
+    return suite_order(sweep.suite), VARIABLES.index(sweep.variable), setting_order(s), held, sweep.models
 
 
 def fits(records: Iterable[Record]) -> list[Fit]:
@@ -126,7 +122,7 @@ def fits(records: Iterable[Record]) -> list[Fit]:
 
 
 def of_sweep(sweep: Sweep) -> list[Fit]:
-    """Of every implementation with at least ``POINTS`` different sizes, time before memory."""
+    """The fits of every implementation with at least ``POINTS`` different sizes, time before memory."""
     made = [fit(sweep, impl, quantity) for impl in sweep.impls for quantity in ("time", "memory")]
     return sorted((f for f in made if f is not None), key=lambda f: (f.quantity != "time", impl_order(f.impl)))
 
@@ -144,7 +140,7 @@ def fit(sweep: Sweep, impl: str, quantity: Quantity) -> Fit | None:
 def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
     """a, b and R^2 of the least-squares line y = a + b x; R^2 is 1 where y does not vary.
 
-    Sums are exact, so that every machine finds the same; what rounding leaves of an a of 0 is 0.
+    Sums are exact, so that all machines get the same result; an a within rounding error of 0 is 0.
     """
     x_mean, y_mean = math.fsum(x) / len(x), math.fsum(y) / len(y)
     x_off, y_off = [v - x_mean for v in x], [v - y_mean for v in y]
@@ -158,15 +154,15 @@ def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
 
 
 def chosen(found: Sequence[Sweep]) -> list[Sweep]:
-    """For each suite, variable and dtype the sweep with caop_fast at the most sizes, of those the plainest."""
+    """For each suite, variable and dtype the sweep with caop_fast at the most sizes; of those the plainest."""
 
-    def merit(sweep: Sweep) -> tuple:
-        last = sweep.groups[-1]
-        return sweep.reached(), last.plainness, (sweep.v or 1) * (sweep.h or 1) * (sweep.n or 1), sweep.models
+    def merit(sweep: Sweep) -> tuple[Any, ...]:
+        last, s = sweep.groups[-1], sweep.shape
+        return sweep.reached(), last.plainness, (s.v or 1) * (s.h or 1) * (s.n or 1), sweep.models
 
-    best: dict[tuple, Sweep] = {}
+    best: dict[tuple[str, str, str | None], Sweep] = {}
     for sweep in found:
-        key = sweep.suite, sweep.variable, sweep.dtype
+        key = sweep.suite, sweep.variable, sweep.shape.dtype
         if key not in best or merit(sweep) > merit(best[key]):
             best[key] = sweep
     return list(best.values())

@@ -1,20 +1,20 @@
-"""What the project promised itself, beside what was measured."""
+"""The project's performance targets and what was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.groups import OURS, REFERENCE, Group, groups, largest_common, reference, shape
-from benchmarks.records import Record, Results
-from benchmarks.tables import error, escape, listed, number, over, percent, times
+from benchmarks.records import OURS, Record, Results
+from benchmarks.report.groups import TARGET, Group, described, groups, largest_common, target_case
+from benchmarks.report.tables import error, escape, listed, number, over, percent, times
 
-GEMMS = 1.3  # of the bare products' time, at most
-FASTER = 1.5  # than the fastest peer of equal accuracy, at least
-ACCURACY = 2.0  # times our gradient error, or LEAST: still called equal
+GEMMS = 1.3  # times the time of the matrix products alone, at most
+FASTER = 1.5  # times the speed of the fastest peer of equal accuracy, at least
+ACCURACY = 2.0  # times our gradient error, or LEAST: counts as equal
 LEAST = 1e-6
-MEMORY = 1 / 8  # of the official loss's, at most
-COPY = 0.8  # of the rate of a large copy, at least
+MEMORY = 1 / 8  # of that of the official loss, at most
+COPY = 0.8  # of the bandwidth of a large copy, at least
 OFFICIAL = "official"
 MINIMAL = "caop_fast-min"
 
@@ -27,9 +27,9 @@ class Target:
         what: is measured.
         required: in words.
         at: the case, in words.
-        measured: in words; None where it was not.
-        met: None where it was not measured.
-        note: why it was not measured, or what else there is to know.
+        measured: in words; None if it was not.
+        met: None if it was not measured.
+        note: why it was not measured, or further details.
     """
 
     what: str
@@ -45,32 +45,32 @@ class Target:
 
 
 def targets(results: Results) -> list[Target]:
-    """All four on a GPU; on a CPU the two that compare implementations, at the largest case they share."""
+    """All four on a GPU; on a CPU the two that compare implementations, at the largest common case."""
     found = groups(results.records)
     linear = [g for g in found if g.suite == "linear"]
     logits = [g for g in found if g.suite == "logits"]
     if results.header.get("device_type") == "cpu":
         common = largest_common(linear)
         return [faster(linear, common), memory(linear, common)] if common is not None else []
-    at = reference(linear)
+    at = target_case(linear)
     copied = (results.header.get("ceilings") or {}).get("copy_gbps")
     return [
         bare_gemms(linear, at),
         faster(linear, at),
         memory(linear, at),
-        bandwidth(logits, reference(logits), copied),
+        bandwidth(logits, target_case(logits), copied),
     ]
 
 
 def bare_gemms(found: Sequence[Group], at: Group | None) -> Target:
-    """Time of the linear loss over that of its bare matrix products."""
-    target = Target("linear loss, time over that of its bare GEMMs", f"at most {GEMMS:g}x")
-    target, ours = _ours(target, at)
+    """Time of the linear loss relative to its matrix products alone."""
+    target = Target("linear loss, time relative to its matrix products alone", f"at most {GEMMS:g}x")
+    target, _, ours = _ours(target, at)
     if ours is None:
         return target
     ratio = _floors(ours)
     if ratio is None:
-        return replace(target, note="the time of its bare GEMMs was not recorded")
+        return replace(target, note="the time of the matrix products was not recorded")
     rest = [(r, g) for g in found if (record := g.ok(OURS)) and (r := _floors(record)) is not None]
     note = _over_all(rest, GEMMS, at_most=True)
     return replace(target, measured=times(ratio, 4), met=ratio <= GEMMS, note=note)
@@ -81,24 +81,25 @@ def _floors(record: Record) -> float | None:
 
 
 def faster(found: Sequence[Group], at: Group | None) -> Target:
-    """Speed against the fastest peer of equal accuracy."""
-    target = Target("linear loss, speed against the fastest peer of equal accuracy", f"at least {FASTER:g}x")
-    target, ours = _ours(target, at)
-    if ours is None:
+    """Speed relative to the fastest peer of equal accuracy."""
+    target = Target("linear loss, speed relative to the fastest peer of equal accuracy", f"at least {FASTER:g}x")
+    target, at, ours = _ours(target, at)
+    if at is None or ours is None:
         return target
     if ours.grad_error is None:
         return replace(target, note=f"the gradient error of {OURS} was not recorded")
     peer = fastest_equal(at)
     if peer is None:
         return replace(target, note=f"no peer of equal accuracy was measured: {_others(at)}")
-    speed = peer.time_ms / ours.time_ms
+    speed = peer.ms / ours.ms
     notes = [f"the fastest is {escape(peer.impl)}, gradient error {error(peer.grad_error)}"]
     notes[0] += f" against {error(ours.grad_error)}"
-    loose = min(at.peers, key=lambda r: (r.time_ms, r.impl))
-    if loose.time_ms < peer.time_ms:
-        rough = f"gradient error {error(loose.grad_error)}"
-        notes.append(f"of any accuracy {escape(loose.impl)}: {times(loose.time_ms / ours.time_ms)}, {rough}")
-    rest = [(other.time_ms / g.ok(OURS).time_ms, g) for g in found if (other := fastest_equal(g)) is not None]
+    fastest = min(at.peers, key=lambda r: (r.ms, r.impl))
+    if fastest.ms < peer.ms:
+        rough = f"gradient error {error(fastest.grad_error)}"
+        notes.append(f"of any accuracy {escape(fastest.impl)}: {times(fastest.ms / ours.ms)}, {rough}")
+    pairs = [(g, g.ok(OURS), fastest_equal(g)) for g in found]
+    rest = [(other.ms / own.ms, g) for g, own, other in pairs if own is not None and other is not None]
     notes.append(_over_all(rest, FASTER, at_most=False))
     return replace(target, measured=times(speed, 4), met=speed >= FASTER, note="; ".join(filter(None, notes)))
 
@@ -110,14 +111,14 @@ def fastest_equal(group: Group) -> Record | None:
         return None
     allowed = max(ACCURACY * ours.grad_error, LEAST)
     able = [r for r in group.peers if r.grad_error is not None and r.grad_error <= allowed]
-    return min(able, key=lambda r: (r.time_ms, r.impl), default=None)
+    return min(able, key=lambda r: (r.ms, r.impl), default=None)
 
 
 def memory(found: Sequence[Group], at: Group | None) -> Target:
-    """Peak memory beyond the inputs against that of the official loss."""
-    target = Target(f"linear loss, memory beyond the inputs over that of `{OFFICIAL}`", f"at most {number(MEMORY)}x")
-    target, ours = _ours(target, at)
-    if ours is None:
+    """Peak memory beyond the inputs relative to the official loss."""
+    target = Target(f"linear loss, memory beyond the inputs relative to `{OFFICIAL}`", f"at most {number(MEMORY)}x")
+    target, at, ours = _ours(target, at)
+    if at is None or ours is None:
         return target
     everywhere = _over_all([(r, g) for g in found if (r := _share(g)) is not None], MEMORY, at_most=True)
     share = _share(at)
@@ -143,15 +144,15 @@ def _no_memory(at: Group, ours: Record) -> str:
 
 
 def bandwidth(found: Sequence[Group], at: Group | None, copied: float | None) -> Target:
-    """Rate at which the loss on logits moves its bytes, against that of a large copy."""
-    target = Target("loss on logits, bytes moved per second over those of a large copy", f"at least {percent(COPY)}")
-    target, ours = _ours(target, at)
+    """Memory bandwidth of the loss on logits relative to a large copy."""
+    target = Target("loss on logits, memory bandwidth relative to a large copy", f"at least {percent(COPY)}")
+    target, _, ours = _ours(target, at)
     if ours is None:
         return target
     if not copied:
-        return replace(target, note="the rate of a large copy was not recorded")
+        return replace(target, note="the bandwidth of a large copy was not recorded")
     if ours.traffic_gbps is None:
-        return replace(target, note="the bytes it moves were not recorded")
+        return replace(target, note="the bytes it reads and writes were not recorded")
     share = ours.traffic_gbps / copied
     own = [(record, g) for g in found if (record := g.ok(OURS)) is not None]
     rest = [(record.traffic_gbps / copied, g) for record, g in own if record.traffic_gbps is not None]
@@ -159,17 +160,17 @@ def bandwidth(found: Sequence[Group], at: Group | None, copied: float | None) ->
     return replace(target, measured=f"{100 * share:.1f} %", met=share >= COPY, note=note)
 
 
-def _ours(target: Target, at: Group | None) -> tuple[Target, Record | None]:
-    """The target at a case, and caop_fast's record there; without one the target says why."""
+def _ours(target: Target, at: Group | None) -> tuple[Target, Group | None, Record | None]:
+    """The target at a case, the case, and the record of caop_fast there; if there is none, the target says why."""
     if at is None:
-        model, n = REFERENCE
-        return replace(target, at=f"{model}, N {n}, bfloat16", note="the case is not in the records"), None
-    target = replace(target, at=escape(shape(at)))
+        model, n = TARGET
+        return replace(target, at=f"{model}, N {n}, bfloat16", note="the case is not in the records"), None, None
+    target = replace(target, at=escape(described(at)))
     ours = at.ok(OURS)
     if ours is None:
         record = at.records.get(OURS)
-        return replace(target, note=f"{OURS} {'was not run' if record is None else _failure(record)}"), None
-    return target, ours
+        return replace(target, note=f"{OURS} {'was not run' if record is None else _failure(record)}"), at, None
+    return target, at, ours
 
 
 def _failure(record: Record) -> str:
@@ -179,19 +180,21 @@ def _failure(record: Record) -> str:
 
 
 def _others(at: Group) -> str:
-    """What became of the peers of a case."""
+    """Errors or statuses of the peers of a case."""
     ok = {record.impl for record in at.peers}
     words = [f"{escape(r.impl)} has gradient error {error(r.grad_error)}" for r in at.peers]
     rest = [r for r in at.records.values() if not r.impl.startswith(OURS) and r.impl not in ok]
     return listed([*words, *(f"{escape(r.impl)} {r.status}" for r in rest)]) or "none was run"
 
 
-def _over_all(values: Sequence[tuple[float, Group]], bound: float, *, at_most: bool, form=times) -> str:
-    """Range over all cases of the suite, the worst of them, and in how many the bound is kept."""
+def _over_all(
+    values: Sequence[tuple[float, Group]], bound: float, *, at_most: bool, form: Callable[[float], str] = times
+) -> str:
+    """Range over all cases of the suite, the worst case, and in how many the bound holds."""
     if len(values) < 2:
         return ""
     numbers = [v for v, _ in values]
     kept = sum(v <= bound if at_most else v >= bound for v in numbers)
     worst = (max if at_most else min)(values, key=lambda item: item[0])[1]
     ends = f"{form(min(numbers))} to {form(max(numbers))}, worst in {escape(worst.case)}"
-    return f"over the {len(values)} cases of the suite where it is known: {ends}; kept in {kept}"
+    return f"over the {len(values)} cases of the suite where it is known: {ends}; met in {kept}"

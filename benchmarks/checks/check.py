@@ -1,4 +1,4 @@
-"""One check of a loss: a name, and what to run; and the options that the distillation losses' checks share."""
+"""One check of a loss, and the options and inputs that the checks vary."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,9 @@ class Sizes:
 
     Attributes:
         n: tokens.
-        odd, even: vocabularies; ``even`` is a multiple of 16, ``odd`` lies off every alignment.
-        large: a vocabulary of a real model (or what the interpreter can bear), of which few tokens are taken.
-        few: that many.
+        odd, even: vocabulary sizes; ``even`` is a multiple of 16, ``odd`` breaks every alignment.
+        large: a vocabulary size of a real model, or what is bearable in Triton's interpreter.
+        few: tokens for ``large``.
         hidden: features.
         listed: k of a sparse teacher.
     """
@@ -35,14 +36,16 @@ class Sizes:
 
 
 SIZES = {
-    "small": Sizes(n=6, odd=301, even=304, large=16401, few=2, hidden=16, listed=7),  # large: two chunks of a kernel
+    "small": Sizes(
+        n=6, odd=301, even=304, large=16401, few=2, hidden=16, listed=7
+    ),  # large: a kernel's chunk and a bit
     "full": Sizes(n=36, odd=5003, even=5008, large=151936, few=5, hidden=128, listed=64),
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where checks run, by what, on which shapes."""
+    """Device, backend and shapes of the checks."""
 
     device: torch.device
     backend: str
@@ -50,8 +53,8 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One check; ``run`` raises where it fails. ``rare`` ones are left out of the small selection."""
+class Check:
+    """One check; ``run`` raises if it fails. ``rare`` ones run in full size only."""
 
     name: str
     run: Callable[[Setting], None]
@@ -60,27 +63,27 @@ class Trial:
 
 @dataclass(frozen=True)
 class Spec:
-    """Options and inputs of a distillation loss; what is not the default is in the name of the check.
+    """Options and inputs of a loss; the name of the check lists those that are not the default.
 
     Attributes:
         dtype: of logits, or of hidden states and heads.
         beta: a number, or "per token" for a tensor of zeros and ones.
         logits: "normal"; "peaked": one likely id; "near": a teacher a thousandth away from the student.
-        labels: some of them -100.
-        weights: None, "nan": rows of weight 0 hold NaN, or "zero": all are 0.
+        labels: given, some of them -100.
+        weights: None; "nan": rows of weight 0 contain NaN; "zero": all are 0.
         vocab: "odd", "even" or "large" (few tokens).
-        extra: columns that the student has more than the teacher, so ``vocab_size`` is given.
-        excluded: which side holds -inf: "both", "student", "teacher".
-        n: tokens, where another number than usual.
-        strided: rows that lie apart and start off every alignment.
+        extra: columns that the student has more than the teacher, so that ``vocab_size`` is passed.
+        excluded: whose logits contain -inf: "both", "student", "teacher".
+        n: number of tokens, where not that of ``Sizes``.
+        strided: rows that are not contiguous and break every alignment.
         leading: [2, N / 2, V] instead of [N, V].
         tail, padded: of a sparse teacher; ``padded`` rows list fewer ids.
-        memory: "balanced" or "min"; None for the rows' function.
-        shared: one head serves both models.
+        memory: "balanced" or "min"; None for ``linear_distillation_rows``.
+        shared: both models have the same head.
         frozen: the head gets no gradient.
-        blocks: gradients are made in blocks of the fewest ids, as it is with many tokens.
-        flows: outputs that a gradient flows into.
-        rare: left out of the small selection.
+        blocks: gradients are computed in vocabulary blocks of the smallest size, as for many tokens.
+        flows: outputs with an upstream gradient.
+        rare: in full size only.
     """
 
     dtype: str = "float32"
@@ -110,11 +113,11 @@ class Spec:
     flows: tuple[str, ...] = ("loss",)
     rare: bool = False
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # also the seed of the inputs
         return self.named()
 
     def named(self, *always: str) -> str:
-        """The dtype, the fields ``always``, and whatever is not the default."""
+        """The dtype, the fields ``always``, and all that are not the default."""
         parts = [self.dtype]
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -125,10 +128,20 @@ class Spec:
         return ", ".join(parts)
 
     def block_sizes(self) -> AbstractContextManager[object]:
-        """What sees to ``blocks`` inside."""
+        """Within it the losses choose the smallest vocabulary blocks, if ``blocks``."""
         if not self.blocks:
             return nullcontext()
         return mock.patch.multiple("caop_fast.losses.linear.chunking", CPU_BLOCK_BYTES=1, DEVICE_BLOCK_BYTES=1)
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """[N, ...], or [2, N / 2, ...] if ``leading``."""
+        return rows.unflatten(0, (2, -1)) if self.leading else rows
+
+    def flattened(self, outputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Outputs with one leading dimension again."""
+        if not self.leading:
+            return outputs
+        return {name: value.flatten() if value is not None and value.ndim else value for name, value in outputs.items()}
 
     def tokens(self, sizes: Sizes) -> int:
         if self.n is not None:
@@ -137,3 +150,38 @@ class Spec:
 
     def columns(self, sizes: Sizes) -> int:
         return {"odd": sizes.odd, "even": sizes.even, "large": sizes.large}[self.vocab]
+
+
+class TokenOptions(TypedDict):
+    """Of the losses of one model."""
+
+    temperature: float
+    softcap: float | None
+
+
+class TopkOptions(TypedDict):
+    """Of the top-k losses."""
+
+    tail: str
+    beta: float | Tensor
+    temperature: float
+    student_softcap: float | None
+    reduction: str
+
+
+class DenseOptions(TypedDict):
+    """Of the distillation losses."""
+
+    beta: float | Tensor
+    temperature: float
+    student_softcap: float | None
+    teacher_softcap: float | None
+
+
+class ScoreOptions(TypedDict):
+    """Of the confidence losses."""
+
+    kind: str
+    outside_weight: float
+    eps: float
+    reduction: str

@@ -6,9 +6,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from benchmarks.groups import OURS, Group, by, dtype_order, impl_order, impls, largest_common, reference, setting, shape
-from benchmarks.records import Record
-from benchmarks.tables import (
+from benchmarks.records import OURS, Record, Shape
+from benchmarks.report.groups import (
+    Group,
+    by,
+    described,
+    dtype_order,
+    impl_order,
+    impls,
+    largest_common,
+    setting,
+    target_case,
+)
+from benchmarks.report.tables import (
     NOTHING,
     cut,
     error,
@@ -24,24 +34,25 @@ from benchmarks.tables import (
     times,
 )
 
-ROWS = 40  # of a table, where the settings can be told apart
+ROWS = 40  # of a table, if it can be split by settings
 STATUSES = ("ok", "skipped", "oom", "wrong", "error", "crashed")
 SPLITS = ("rollout", "teacher", "student", "loss", "optimiser")
 
-Cell = Callable[[Record, Record | None], str]  # of a record and caop_fast's
+Cell = Callable[[Record, Record | None], str]  # from a record and that of caop_fast
 
 
 def summary(found: Sequence[Group]) -> list[str]:
-    """All cases of a suite in one table, and the cases of most interest in detail."""
+    """All cases of a suite in one table, and the most interesting ones in detail."""
     return overview(found) + [line for case in details(found) for line in detail(case)]
 
 
 def every_case(found: Sequence[Group]) -> list[str]:
-    """Time and memory of every case that is not already shown in detail by itself."""
+    """Time and memory of every case that is not already shown in detail."""
     closely = details(found)
-    known = [g for g in found if g.n is not None]  # of the others there is no more than a reason
-    shapes = {g.model: (g.v, g.h) for g in known}
-    named = len(shapes) > 1 and all(shapes[g.model] == (g.v, g.h) for g in known)  # the model says V and H
+    known = [g for g in found if g.shape.n is not None]  # the others have only a reason
+    shapes = {g.shape.model: (g.shape.v, g.shape.h) for g in known}
+    same = all(shapes[g.shape.model] == (g.shape.v, g.shape.h) for g in known)
+    named = same and len(shapes) > 1  # the model implies V and H
     lines = []
     for title, cell in (("Time, ms", _time), ("Peak memory beyond the inputs", _memory)):
         for part in parts(known):
@@ -54,9 +65,9 @@ def every_case(found: Sequence[Group]) -> list[str]:
 
 
 def overview(found: Sequence[Group]) -> list[str]:
-    """A row for each implementation and dtype: what became of its cases, and how it compares over all of them."""
+    """A row for each implementation and dtype: the statuses of its cases, and how it compares over all of them."""
     rows = []
-    for dtype, same in sorted(by(found, lambda g: g.dtype).items(), key=lambda item: dtype_order(item[0])):
+    for dtype, same in sorted(by(found, lambda g: g.shape.dtype).items(), key=lambda item: dtype_order(item[0])):
         for impl in impls(same):
             pairs = [(record, g.ok(OURS)) for g in same if (record := g.ok(impl)) is not None]
             if impl == OURS:
@@ -74,25 +85,29 @@ def overview(found: Sequence[Group]) -> list[str]:
             rows.append(
                 [escape(impl), dtype or NOTHING, what, listed(fate), spread_of(ratios), spread_of(memory), *errors]
             )
-    headers = ["implementation", "dtype", "gives", "cases", "time over caop_fast's", "memory over caop_fast's"]
+    headers = ["implementation", "dtype", "returns", "cases", "relative time", "relative memory"]
     return table([*headers, "largest loss error", "largest gradient error"], rows, left=4)
 
 
 def parts(found: Sequence[Group]) -> list[list[Group]]:
-    """Cases of a suite in tables of a dtype, and of fewer settings where one would be too long."""
+    """The cases of a suite split into tables by dtype, and by further settings while one is too long."""
     keys = ("dtype", "beta", "head_trained", "masked", "model")
     made: list[list[Group]] = []
     for count in range(1, len(keys) + 1):
-        made = list(by(found, lambda g, c=count: tuple(getattr(g, key) for key in keys[:c])).values())
+        made = list(by(found, _fields(keys[:count])).values())
         if all(len(part) <= ROWS for part in made):
             break
     return made
 
 
-def across(found: Sequence[Group], title: str, cell: Cell, *, named: bool = False) -> list[str]:
-    """Cases down and implementations across, without those that all skip; what all cases share stands above.
+def _fields(names: Sequence[str]) -> Callable[[Group], tuple[object, ...]]:
+    return lambda group: tuple(getattr(group.shape, name) for name in names)
 
-    ``named``: the model says V and H.
+
+def across(found: Sequence[Group], title: str, cell: Cell, *, named: bool = False) -> list[str]:
+    """A row for each case, a column for each implementation that did not skip all; what all cases share is above.
+
+    ``named``: the model implies V and H.
     """
     tried = {r.impl for g in found for r in g.records.values() if r.status != "skipped"}
     able = [impl for impl in impls(found) if impl in tried]
@@ -111,16 +126,16 @@ def across(found: Sequence[Group], title: str, cell: Cell, *, named: bool = Fals
 
 
 def layout(found: Sequence[Group], *, named: bool) -> tuple[str, list[str], list[list[str]]]:
-    """What all cases share in words, headers of what they do not, and these columns of every case."""
+    """What all cases share in words, the headers of the other columns, and these columns of every case."""
     columns: dict[str, Callable[[Group], str]] = {
-        "model": lambda g: escape(g.model or g.case),
-        "N": lambda g: _whole(g.n),
-        "V": lambda g: _whole(g.v),
-        "H": lambda g: _whole(g.h),
-        "dtype": lambda g: g.dtype or NOTHING,
-        "beta": lambda g: NOTHING if g.beta is None else f"{g.beta:g}",
-        "head": lambda g: NOTHING if g.head_trained is None else "trained" if g.head_trained else "frozen",
-        "masked": lambda g: f"{100 * g.masked:.0f} %",
+        "model": lambda g: escape(g.shape.model or g.case),
+        "N": lambda g: _whole(g.shape.n),
+        "V": lambda g: _whole(g.shape.v),
+        "H": lambda g: _whole(g.shape.h),
+        "dtype": lambda g: g.shape.dtype or NOTHING,
+        "beta": lambda g: NOTHING if g.shape.beta is None else f"{g.shape.beta:g}",
+        "head": lambda g: {None: NOTHING, True: "trained", False: "frozen"}[g.shape.head_trained],
+        "masked": lambda g: f"{100 * g.shape.masked:.0f} %",
     }
     if named:
         del columns["V"], columns["H"]
@@ -128,16 +143,17 @@ def layout(found: Sequence[Group], *, named: bool) -> tuple[str, list[str], list
     vary = vary or ["model"]
     fixed = [name for name in columns if name not in vary]
     first = found[0]
-    words = [escape(first.model or first.case)] if "model" in fixed else []
-    words += [f"{name} {columns[name](first)}" for name in fixed if name in ("N", "V", "H") and _known(first, name)]
-    settings = {"dtype": first.dtype, "beta": first.beta, "head": first.head_trained, "masked": first.masked}
-    known = {"head_trained" if name == "head" else name: settings[name] for name in settings if name in fixed}
-    words += setting(**known)
+    words = [escape(first.shape.model or first.case)] if "model" in fixed else []
+    sizes = [name for name in ("N", "V", "H") if name in fixed and getattr(first.shape, name.lower()) is not None]
+    words += [f"{name} {columns[name](first)}" for name in sizes]
+    shared = Shape(
+        dtype=first.shape.dtype if "dtype" in fixed else None,
+        beta=first.shape.beta if "beta" in fixed else None,
+        head_trained=first.shape.head_trained if "head" in fixed else None,
+        masked=first.shape.masked if "masked" in fixed else 0.0,
+    )
+    words += setting(shared)
     return listed(words), vary, [[columns[name](g) for name in vary] for g in found]
-
-
-def _known(group: Group, name: str) -> bool:
-    return getattr(group, name.lower()) is not None
 
 
 def _shape_of(model: str | None, v: int | None, h: int | None) -> str:
@@ -169,17 +185,17 @@ def _memory(record: Record, ours: Record | None) -> str:
 
 
 def details(found: Sequence[Group]) -> list[Group]:
-    """For each dtype the case of the targets and the largest that most implementations were measured on."""
+    """For each dtype the case of the targets and the largest case that most implementations have in common."""
     chosen: list[Group] = []
-    for dtype, same in sorted(by(found, lambda g: g.dtype).items(), key=lambda item: dtype_order(item[0])):
-        for group in (reference(same, dtype or ""), largest_common(same)):
+    for dtype, same in sorted(by(found, lambda g: g.shape.dtype).items(), key=lambda item: dtype_order(item[0])):
+        for group in (target_case(same, dtype), largest_common(same)):
             if group is not None and group not in chosen:
                 chosen.append(group)
     return chosen
 
 
 def detail(group: Group) -> list[str]:
-    """All that was measured on one case; rows are implementations."""
+    """All that was measured on one case, a row for each implementation."""
     ours = group.ok(OURS)
     records = [r for r in group.records.values() if r.status != "skipped"]
     moved = any(r.traffic_gbps is not None for r in records)
@@ -201,14 +217,14 @@ def detail(group: Group) -> list[str]:
             error(r.grad_error),
         ]
         rows.append([escape(r.impl), NOTHING if r.gives is None else escape(r.gives), *row])
-    headers = ["implementation", "gives", "time, ms", "over caop_fast's", "share of floor", unit]
-    headers += ["GB/s moved"] if moved else []
-    headers += ["memory", "over caop_fast's", "loss error", "gradient error"]
-    return [f"In detail: {escape(shape(group))}; floor: {floor}.", "", *table(headers, rows, left=2)]
+    headers = ["implementation", "returns", "time, ms", "relative", "floor/time", unit]
+    headers += ["memory GB/s"] if moved else []
+    headers += ["memory", "relative", "loss error", "gradient error"]
+    return [f"In detail: {escape(described(group))}; floor: {floor}.", "", *table(headers, rows, left=2)]
 
 
 def reasons(found: Sequence[Group]) -> list[str]:
-    """Why cells hold a word instead of a number: each reason once, with who had it and how often."""
+    """Why cells have a word instead of a number: each reason once, with implementations and counts."""
     records = [r for g in found for r in g.records.values() if r.status != "ok"]
     if not records:
         return []
@@ -229,7 +245,7 @@ def _status_order(status: str) -> int:
 
 
 def step(found: Sequence[Group]) -> list[str]:
-    """Training steps: tokens a second, where the time goes, and how much of the published model took part."""
+    """Training steps: tokens per second, the time of each stage, and the number of layers."""
     lines = []
     for group in found:
         records = [r for r in group.records.values() if r.status != "skipped"]
@@ -240,7 +256,7 @@ def step(found: Sequence[Group]) -> list[str]:
         rows = [_step_row(r, names, ours) for r in records]
         if not rows:
             continue
-        headers = ["implementation", "tokens/s", "over caop_fast's", "tokens/s after the rollout", "step, ms"]
+        headers = ["implementation", "tokens/s", "relative", "tokens/s without rollout", "step, ms"]
         headers += [*(f"{escape(n)}, ms" for n in names), "memory", "loss error", "gradient error"]
         lines += [f"{escape(group.case)}: {_layers(ok or records)}.", "", *table(headers, rows)]
     return lines
@@ -264,7 +280,7 @@ def _step_row(record: Record, names: Sequence[str], ours: float | None) -> list[
 
 
 def _layers(records: Sequence[Record]) -> str:
-    """How much of the published model, and how many tokens a step."""
+    """The number of layers relative to the published model, and the number of tokens per step."""
 
     def values(name: str) -> list[str]:
         return sorted({str(r.extra[name]) for r in records if r.extra.get(name) is not None})
@@ -276,6 +292,6 @@ def _layers(records: Sequence[Record]) -> str:
     words += (
         [f"{' or '.join(prompts)} prompts with {' or '.join(rollouts)} rollouts each"] if prompts and rollouts else []
     )
-    words += [f"{' or '.join(tokens)} tokens a step"] if tokens else []
-    words += [f"optimiser {escape(name)}" for name in values("optimiser")]
-    return listed(words) or "nothing is known of its layers"
+    words += [f"{' or '.join(tokens)} tokens per step"] if tokens else []
+    words += [f"optimizer {escape(name)}" for name in values("optimiser")]
+    return listed(words) or "its layers are not known"

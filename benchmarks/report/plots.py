@@ -1,7 +1,7 @@
-"""Pictures of a results file: time and memory against N, and gradient error against time.
+"""Plots of a results file: time and memory against N, and gradient error against time.
 
-``plan`` says which there are, without matplotlib; ``draw`` needs it, and no display. An implementation has one colour
-in every picture.
+``plan`` lists them without matplotlib; ``draw`` needs it, but no display. An implementation has the same colour in
+every plot.
 """
 
 from __future__ import annotations
@@ -12,17 +12,28 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks.fits import Sweep, chosen, sweeps
-from benchmarks.groups import OURS, Group, by, dtype_order, groups, impl_order, largest_common, reference, shape
-from benchmarks.groups import setting as in_words
-from benchmarks.records import Record, Results
+from benchmarks.records import OURS, Record, Results
+from benchmarks.report.fits import Quantity, Sweep, chosen, sweeps
+from benchmarks.report.groups import (
+    Group,
+    by,
+    described,
+    dtype_order,
+    groups,
+    impl_order,
+    largest_common,
+    setting,
+    target_case,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 INSTALL = "pip install matplotlib"
 DPI = 120
@@ -52,17 +63,18 @@ OTHERS = ("#b8860b", "#3f8f8f", "#7f3f3f", "#5a7d2a", "#9467bd", "#e377c2")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 FEWEST = 4  # implementations a comparison of errors needs
 SIZES = 2  # different N a line needs
-NEAR = 12.0  # points between a mark and a name that needs no line
+NEAR = 12.0  # points between a mark and a name without a line
+Side = Literal["left", "center", "right"]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to draw: of a sweep of N, or of one case.
+    """A plot: of a sweep of N, or of one case.
 
     Attributes:
-        suite: whose section it stands in.
+        suite: the section that shows it.
         name: of the file.
-        title: what is drawn, and where, at which shape and dtype: two lines.
+        title: two lines: what is drawn, and the shape and dtype.
         of: the sweep or the case.
     """
 
@@ -77,7 +89,7 @@ class Picture:
 
 
 def unavailable() -> str | None:
-    """None when pictures can be drawn here, else why not."""
+    """Why plots cannot be drawn here, or None."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -86,31 +98,32 @@ def unavailable() -> str | None:
 
 
 def plan(results: Results) -> list[Picture]:
-    """The pictures of a results file, growth before errors in each suite and dtype."""
+    """The plots of a results file, scaling before errors in each suite and dtype."""
     found = [g for g in groups(results.records) if g.suite != "step"]
     stem, device = results.path.stem, results.header.get("device") or "device not known"
     made = []
     for sweep in chosen([s for s in sweeps(found, SIZES) if s.variable == "n"]):
         if max((sweep.reached(impl) for impl in sweep.impls), default=0) >= SIZES:
-            first = sweep.groups[0]
-            sizes = [f"{name} {value}" for name, value in (("V", first.v), ("H", first.h)) if value]
-            setting = in_words(sweep.dtype, sweep.beta, sweep.head_trained, sweep.masked)
-            where = ", ".join([*sweep.models, *sizes, *setting])
+            sizes = [f"{name} {value}" for name, value in (("V", sweep.shape.v), ("H", sweep.shape.h)) if value]
+            where = ", ".join([*sweep.models, *sizes, *setting(sweep.shape)])
             title = f"{sweep.suite}: time and memory against N, {device}\n{where}"
-            made.append(Picture(sweep.suite, f"{stem}-{sweep.suite}-{sweep.dtype}-growth.png", title, sweep))
+            made.append(Picture(sweep.suite, f"{stem}-{sweep.suite}-{sweep.shape.dtype}-growth.png", title, sweep))
     for suite, same in by(found, lambda g: g.suite).items():
-        group = reference(same) or largest_common(same)
+        group = target_case(same) or largest_common(same)
         if group is not None and len(_placed(group)) >= FEWEST:
-            title = f"{suite}: gradient error against time, {device}\n{shape(group)}"
+            title = f"{suite}: gradient error against time, {device}\n{described(group)}"
             made.append(Picture(suite, f"{stem}-{suite}-error.png", title, group))
-    return sorted(made, key=lambda p: (p.suite, dtype_order(p.of.dtype), isinstance(p.of, Group)))
+    return sorted(made, key=lambda p: (p.suite, dtype_order(p.of.shape.dtype), isinstance(p.of, Group)))
 
 
 def draw(picture: Picture, path: Path) -> None:
-    """Write ``picture`` as a PNG, with a palette: a quarter of the bytes."""
+    """Write ``picture`` as a PNG with a palette, a quarter of the size."""
     from PIL import Image  # matplotlib needs it
 
-    figure = growth(picture) if isinstance(picture.of, Sweep) else errors(picture)
+    if isinstance(picture.of, Sweep):
+        figure = growth(picture.of, picture.title)
+    else:
+        figure = errors(picture.of, picture.title)
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = io.BytesIO()
     figure.savefig(pixels, format="png", dpi=DPI, facecolor="white")
@@ -123,31 +136,34 @@ def colour(impl: str) -> str:
 
 
 def marker(impl: str) -> str:
-    """By its place among the known ones; caop_fast has the first for itself."""
+    """By its position among the known ones; the first is that of caop_fast only."""
     if impl == OURS:
         return MARKERS[0]
     place = list(COLOURS).index(impl) - 1 if impl in COLOURS else zlib.crc32(impl.encode())
     return MARKERS[1 + place % (len(MARKERS) - 1)]
 
 
-def growth(picture: Picture) -> Figure:
+def growth(sweep: Sweep, title: str) -> Figure:
     """Time against N beside memory against N, a line for each implementation."""
-    sweep = picture.of
-    figure = _figure(12, 5.2, picture.title)
+    figure = _figure(12, 5.2, title)
     left, right = figure.subplots(1, 2)
     names = [impl for impl in sweep.impls if sweep.points(impl, "time")]
     most = max((y for impl in names for _, y in sweep.points(impl, "memory")), default=0)
     scale, unit = (1e-9, "GB") if most >= 2e9 else (1e-6, "MB")
-    panels = ((left, "time", 1.0, "time, ms"), (right, "memory", scale, f"peak memory beyond the inputs, {unit}"))
+    panels: tuple[tuple[Axes, Quantity, float, str], ...] = (
+        (left, "time", 1.0, "time, ms"),
+        (right, "memory", scale, f"peak memory beyond the inputs, {unit}"),
+    )
     for axes, quantity, scale, label in panels:
         for impl in reversed(names):  # caop_fast on top
             if points := [(x, scale * y) for x, y in sweep.points(impl, quantity) if y > 0]:
                 axes.plot(*zip(*points, strict=True), label=_label(sweep, impl), **_style(impl))
         _sizes(axes, sweep, label)
-    floors = {sweep.x(g): r for g in sweep.groups for r in g.measured if r.floor_ms}
+    floors = {sweep.x(g): (r.floor_ms, r.floor) for g in sweep.groups for r in g.measured if r.floor_ms}
     if floors:
-        points = [(x, floors[x].floor_ms) for x in sorted(floors)]
-        name = {"gemms": "bare GEMMs", "copy": "read and written once"}.get(next(iter(floors.values())).floor, "floor")
+        points = [(x, floors[x][0]) for x in sorted(floors)]
+        kind = floors[points[0][0]][1] or ""
+        name = {"gemms": "bare GEMMs", "copy": "read and written once"}.get(kind, "floor")
         left.plot(
             *zip(*points, strict=True), label=f"floor: {name}", color=INK, linestyle="--", linewidth=1.4, zorder=2
         )
@@ -165,12 +181,12 @@ def growth(picture: Picture) -> Figure:
 
 
 def _label(sweep: Sweep, impl: str) -> str:
-    """The name, and where the line ends because memory did."""
+    """The name, and the smallest size at which it ran out of memory."""
     over = [sweep.x(g) for g in sweep.groups if (r := g.records.get(impl)) is not None and r.status == "oom"]
     return f"{impl}\n(out of memory at {min(over)})" if over else impl
 
 
-def _style(impl: str) -> dict[str, object]:
+def _style(impl: str) -> dict[str, Any]:
     ours, variant = impl == OURS, impl != OURS and impl.startswith(OURS)
     return {
         "color": colour(impl),
@@ -183,7 +199,7 @@ def _style(impl: str) -> dict[str, object]:
 
 
 def _sizes(axes: Axes, sweep: Sweep, label: str) -> None:
-    """Logarithmic axes; the sizes that were measured are the ticks."""
+    """Logarithmic axes with ticks at the measured sizes."""
     from matplotlib.ticker import NullLocator
 
     axes.set_xscale("log", base=2)
@@ -216,18 +232,29 @@ def _figure(width: float, height: float, title: str) -> Figure:
 
 
 def _placed(group: Group) -> list[Record]:
-    """Those with a place on logarithmic axes."""
+    """Those that can be shown on logarithmic axes."""
     return [r for r in group.measured if r.grad_error is not None and r.grad_error > 0]
 
 
-def errors(picture: Picture) -> Figure:
+def _at(record: Record) -> tuple[float, float]:
+    assert record.grad_error is not None
+    return record.ms, record.grad_error
+
+
+def errors(group: Group, title: str) -> Figure:
     """Gradient error against time on one case, each point with its name."""
-    group, figure = picture.of, _figure(9, 5.6, picture.title)
+    figure = _figure(9, 5.6, title)
     axes = figure.subplots()
     records = sorted(_placed(group), key=lambda r: impl_order(r.impl))
     for r in records:
-        style = {"color": colour(r.impl), "marker": marker(r.impl), "zorder": 5}
-        axes.plot(r.time_ms, r.grad_error, linestyle="", markersize=11 if r.impl == OURS else 8, **style)
+        axes.plot(
+            *_at(r),
+            linestyle="",
+            color=colour(r.impl),
+            marker=marker(r.impl),
+            markersize=11 if r.impl == OURS else 8,
+            zorder=5,
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(_room(axes.get_xlim(), 3))
@@ -242,7 +269,7 @@ def errors(picture: Picture) -> Figure:
 
 
 def _decades(axis: Axis) -> None:
-    """A logarithmic axis with plain numbers, more of them where it spans little."""
+    """A logarithmic axis with plain numbers, more of them if its range is small."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
@@ -252,19 +279,19 @@ def _decades(axis: Axis) -> None:
 
 
 def _room(limits: tuple[float, float], least: float) -> tuple[float, float]:
-    """Wider by what names need, and so wide that no noise looks like a difference."""
+    """Limits with room for names, and wide enough that noise does not look like a difference."""
     middle = math.sqrt(limits[0] * limits[1])
     half = max(1.5 * math.sqrt(limits[1] / limits[0]), math.sqrt(least))
     return middle / half, middle * half
 
 
 def _name_points(figure: Figure, axes: Axes, records: Sequence[Record]) -> None:
-    """Names beside their points, each at the nearest place where it covers nothing and no line to a name does."""
+    """Names near their points, each at the nearest position where neither it nor its line covers anything."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # what was placed stays where it is
-    renderer = figure.canvas.get_renderer()
+    figure.set_layout_engine("none")  # or the layout would change again
+    renderer = _renderer(figure)
     pixel = figure.dpi / 72
-    points = [tuple(axes.transData.transform((r.time_ms, r.grad_error))) for r in records]
+    points = [tuple(axes.transData.transform(_at(r))) for r in records]
     marks = [(x - 7 * pixel, y - 7 * pixel, x + 7 * pixel, y + 7 * pixel) for x, y in points]
     names = [_box(text, renderer) for text in axes.texts]
     frame = axes.get_window_extent(renderer).extents
@@ -272,7 +299,7 @@ def _name_points(figure: Figure, axes: Axes, records: Sequence[Record]) -> None:
     for r, (x, y), mark in zip(records, points, marks, strict=True):
         text = axes.annotate(
             r.impl.replace("$", r"\$"),
-            (r.time_ms, r.grad_error),
+            _at(r),
             xytext=(0, 0),
             textcoords="offset points",
             fontsize=9.5,
@@ -293,28 +320,48 @@ def _name_points(figure: Figure, axes: Axes, records: Sequence[Record]) -> None:
             covers = any(_meet(box, other) for other in [*others, mark]) or any(_holds(box, p) for p in leads)
             if inside and not covers and not any(_holds(other, p) for other in others for p in lead):
                 break
-        text.arrow_patch.set_visible(not near)
+        if text.arrow_patch is not None:
+            text.arrow_patch.set_visible(not near)
         leads += lead
         names.append(box)
 
 
-def _places() -> list[tuple[float, float, str]]:
-    """Offsets in points from near to far, with the alignment of the text there."""
-    near = [(NEAR, 0.0, "left"), (-NEAR, 0.0, "right"), (0.0, NEAR, "center"), (0.0, -NEAR, "center")]
-    across = ((0.0, "center"), (0.6, "left"), (-0.6, "right"), (1.5, "left"), (-1.5, "right"))
+def _places() -> list[tuple[float, float, Side]]:
+    """Offsets in points from near to far, with the alignment of the text."""
+    near: list[tuple[float, float, Side]] = [
+        (NEAR, 0.0, "left"),
+        (-NEAR, 0.0, "right"),
+        (0.0, NEAR, "center"),
+        (0.0, -NEAR, "center"),
+    ]
+    across: tuple[tuple[float, Side], ...] = (
+        (0.0, "center"),
+        (0.6, "left"),
+        (-0.6, "right"),
+        (1.5, "left"),
+        (-1.5, "right"),
+    )
     return near + [(w * far, up * far, side) for far in range(18, 200, 6) for w, side in across for up in (1, -1)]
 
 
 def _line(start: tuple[float, float], end: tuple[float, float], steps: int = 24) -> list[tuple[float, float]]:
-    return [tuple(a + (b - a) * i / steps for a, b in zip(start, end, strict=True)) for i in range(steps + 1)]
+    (x, y), (dx, dy) = start, (end[0] - start[0], end[1] - start[1])
+    return [(x + dx * i / steps, y + dy * i / steps) for i in range(steps + 1)]
 
 
 def _holds(box: tuple[float, ...], point: tuple[float, float]) -> bool:
     return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
-def _box(text: object, renderer: object) -> tuple[float, float, float, float]:
-    """Where the letters are, in pixels, without the line that leads there."""
+def _renderer(figure: Figure) -> RendererAgg:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    assert isinstance(figure.canvas, FigureCanvasAgg)
+    return figure.canvas.get_renderer()
+
+
+def _box(text: Text, renderer: RendererAgg) -> tuple[float, float, float, float]:
+    """The bounding box of the letters in pixels, without the line to them."""
     from matplotlib.text import Annotation, Text
 
     if isinstance(text, Annotation):

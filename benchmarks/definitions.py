@@ -1,7 +1,7 @@
-"""The losses from their definitions, in whatever dtype they are given: float64 is the truth, float32 the yardstick.
+"""The losses written from their definitions, in the dtype of their inputs: float64 gives the reference values.
 
-Everything is torch's own log_softmax and autograd, row by row over whole tensors. Nothing here comes from caop_fast.
-Statistics are without weights, and 0 in rows of weight 0.
+In float32 they show the rounding error to be expected of plain PyTorch. Only PyTorch's ``log_softmax`` and autograd are
+used, nothing of caop_fast. Statistics are not weighted, and 0 in rows of weight 0.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-IGNORED = -100
-ABSENT = -1e4  # stands for -inf: its exponential is 0, and differences of two of it are 0 instead of NaN
+IGNORE_INDEX = -100
+ABSENT = -1e4  # in place of -inf: its exponential is 0 too, but the difference of two is 0 instead of NaN
 
 
 _terms: ContextVar[list[Tensor] | None] = ContextVar("terms", default=None)
@@ -23,9 +23,9 @@ _terms: ContextVar[list[Tensor] | None] = ContextVar("terms", default=None)
 
 @contextmanager
 def terms_of_gradients() -> Iterator[list[Tensor]]:
-    """Collects, in a backward inside, how large the terms are that each row's gradient is the difference of, [N, 1].
+    """Collects the magnitude of the terms whose difference each row's gradient is, [N, 1], in a backward inside.
 
-    Through y = log_softmax(a) the gradient is dy - p sum(dy), whose two terms nearly cancel where the models are near.
+    Through y = log_softmax(a) the gradient is dy - p sum(dy), whose two terms nearly cancel for models that are near.
     """
     found: list[Tensor] = []
     token = _terms.set(found)
@@ -48,7 +48,7 @@ def log_softmax(a: Tensor) -> Tensor:
 
 
 def tempered(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """softcap(z) / T, -inf replaced."""
+    """softcap(z) / T, with ``ABSENT`` for -inf."""
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return torch.where(logits == -torch.inf, ABSENT, z / temperature)
 
@@ -64,12 +64,12 @@ def effective(weights: Tensor | None, labels: Tensor | None, like: Tensor) -> Te
     if weights is not None:
         return weights.to(like.dtype)
     if labels is not None:
-        return (labels != IGNORED).to(like.dtype)
+        return (labels != IGNORE_INDEX).to(like.dtype)
     return torch.ones(like.shape[0], dtype=like.dtype, device=like.device)
 
 
 def clean(rows: Tensor, w: Tensor) -> Tensor:
-    """``rows`` [N, ...] with 0 where the weight is 0, whatever stood there."""
+    """``rows`` [N, ...] with 0 where the weight is 0, even for NaN."""
     return torch.where((w == 0).unsqueeze(-1), 0.0, rows)
 
 
@@ -90,7 +90,7 @@ def picked(log_p: Tensor, labels: Tensor) -> Tensor:
     """log p(label), 0 where the label is -100."""
     value = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     value = torch.where(value < ABSENT / 2, -torch.inf, value)
-    return torch.where(labels == IGNORED, 0.0, value)
+    return torch.where(labels == IGNORE_INDEX, 0.0, value)
 
 
 def entropy(log_p: Tensor) -> Tensor:
@@ -98,16 +98,18 @@ def entropy(log_p: Tensor) -> Tensor:
 
 
 def divergence(log_s: Tensor, log_t: Tensor, beta: float | Tensor) -> Tensor:
-    """KL(t||s) at beta 0, KL(s||t) at 1, beta KL(t||m) + (1 - beta) KL(s||m) between; a tensor chooses per row."""
-    p_s, p_t = log_s.exp(), log_t.exp()
-    forward = (p_t * (log_t - log_s)).sum(-1)
-    reverse = (p_s * (log_s - log_t)).sum(-1)
+    """KL(t||s) for beta 0, KL(s||t) for 1, beta KL(t||m) + (1 - beta) KL(s||m) between; a tensor of 0 and 1 per row."""
     if isinstance(beta, Tensor):
-        return torch.where(beta == 1, reverse, forward)
+        return torch.where(beta == 1, kl(log_s, log_t), kl(log_t, log_s))
     if beta in (0, 1):
-        return reverse if beta else forward
+        return kl(log_s, log_t) if beta else kl(log_t, log_s)
     log_m = torch.logaddexp(math.log(beta) + log_t, math.log(1 - beta) + log_s)
-    return beta * (p_t * (log_t - log_m)).sum(-1) + (1 - beta) * (p_s * (log_s - log_m)).sum(-1)
+    return beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p||q) over the last dimension."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def dense(
@@ -122,13 +124,13 @@ def dense(
     teacher_softcap: float | None,
     reduction: str,
 ) -> dict[str, Tensor]:
-    """What a distillation loss returns for logits [N, V]."""
+    """The outputs of a distillation loss for logits [N, V]."""
     w = effective(weights, labels, student)
     student, teacher = clean(student, w), clean(teacher.to(student.dtype), w)
     log_s = log_softmax(tempered(student, temperature, student_softcap))
     log_t = log_softmax(tempered(teacher, temperature, teacher_softcap))
     rows = divergence(log_s, log_t, beta)
-    if not isinstance(beta, Tensor) and beta in (0, 1):  # impossible for one side alone
+    if not isinstance(beta, Tensor) and beta in (0, 1):  # -inf on one side only
         only = (student if beta == 0 else teacher) == -torch.inf
         only = only & ((teacher if beta == 0 else student) > -torch.inf)
         rows = torch.where(only.any(-1), torch.inf, rows)
@@ -138,8 +140,10 @@ def dense(
     return {"loss": reduced(rows, w, reduction), **masked(found, w)}
 
 
-def states(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, softcap: float | None) -> dict:
-    """What finished states hold for whole rows."""
+def states(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, softcap: float | None
+) -> dict[str, Tensor]:
+    """The statistics of finished states of whole rows."""
     a, b = tempered(student, temperature, softcap), tempered(teacher.to(student.dtype), temperature, softcap)
     log_s, log_t = log_softmax(a), log_softmax(b)
     return {
@@ -179,22 +183,12 @@ def sparse(
     student_softcap: float | None,
     reduction: str,
 ) -> dict[str, Tensor]:
-    """What a top-k loss returns for logits [N, V], ids [N, k] (-1 pads) and log-probabilities [N, k]."""
+    """The outputs of a top-k loss for logits [N, V], ids [N, k] (-1 pads) and log-probabilities [N, k]."""
     w = effective(weights, labels, student)
     log_s = log_softmax(tempered(clean(student, w), temperature, student_softcap))
     valid = ids >= 0
-    listed = torch.where(valid, log_s.gather(-1, ids.clamp(min=0)), ABSENT)
     log_t = torch.where(valid, logprobs.to(student.dtype), ABSENT)
-    s, t = listed, log_t
-    if tail == "bucket":
-        columns = torch.where(valid, ids, student.shape[-1])  # padding marks a column past the last
-        elsewhere = torch.ones(len(ids), student.shape[-1] + 1, dtype=torch.bool, device=ids.device)
-        elsewhere = elsewhere.scatter(-1, columns, False)[:, :-1]
-        rest = torch.where(elsewhere, log_s, ABSENT).logsumexp(-1, keepdim=True)
-        s = torch.cat([listed, rest], -1)
-        t = torch.cat([log_t, torch.log1p(-log_t.exp().sum(-1, keepdim=True))], -1)
-    elif tail == "renormalize":
-        s, t = log_softmax(s), log_softmax(t)
+    s, t = outcomes(log_s, ids, log_t, tail)
     rows = divergence(s, t, beta)
     found = {"divergence": rows, "student_entropy": entropy(log_s), "teacher_entropy": entropy(t)}
     if labels is not None:
@@ -202,8 +196,24 @@ def sparse(
         match = valid & (ids == labels.unsqueeze(-1))
         known = torch.where(match, log_t, 0.0).sum(-1)
         known = torch.where(match.any(-1), known, torch.nan)
-        found["teacher_logprob"] = torch.where(labels == IGNORED, 0.0, known)
+        found["teacher_logprob"] = torch.where(labels == IGNORE_INDEX, 0.0, known)
     return {"loss": reduced(rows, w, reduction), **masked(found, w)}
+
+
+def outcomes(log_s: Tensor, ids: Tensor, log_t: Tensor, tail: str) -> tuple[Tensor, Tensor]:
+    """Both models' log-probabilities of the listed ids, and with tail "bucket" of all other ids as one more outcome."""
+    valid = ids >= 0
+    listed = torch.where(valid, log_s.gather(-1, ids.clamp(min=0)), ABSENT)
+    if tail == "renormalize":
+        return log_softmax(listed), log_softmax(log_t)
+    if tail != "bucket":
+        return listed, log_t
+    columns = torch.where(valid, ids, log_s.shape[-1])  # padding marks a column past the last
+    other = torch.ones(len(ids), log_s.shape[-1] + 1, dtype=torch.bool, device=ids.device)
+    other = other.scatter(-1, columns, False)[:, :-1]
+    rest_s = torch.where(other, log_s, ABSENT).logsumexp(-1, keepdim=True)
+    rest_t = torch.log1p(-log_t.exp().sum(-1, keepdim=True))
+    return torch.cat([listed, rest_s], -1), torch.cat([log_t, rest_t], -1)
 
 
 def confidence(
@@ -217,7 +227,7 @@ def confidence(
     eps: float,
     reduction: str,
 ) -> dict[str, Tensor]:
-    """What a confidence loss returns for candidates' log-probabilities [N, C] under the full softmax."""
+    """The outputs of a confidence loss for log-probabilities [N, C] of the candidates under the full softmax."""
     w = effective(weights, None, log_p)
     v, y = values.to(log_p.dtype), clean(target.to(log_p.dtype).unsqueeze(-1), w).squeeze(-1)
     log_p = clean(log_p, w)
@@ -241,7 +251,7 @@ def confidence(
 
 
 def split(values: Tensor, target: Tensor) -> Tensor:
-    """Mass of each target on the values [N, C]: hat functions around them, flat beyond the ends."""
+    """Target distribution [N, C]: linear interpolation between neighbouring values, constant beyond the ends."""
     ordered, order = values.sort()
     y = target.clamp(ordered[0], ordered[-1]).unsqueeze(-1)
     step = ordered.diff()
