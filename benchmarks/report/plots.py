@@ -9,10 +9,9 @@ from __future__ import annotations
 import io
 import math
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.records import OURS, Record, Results
 from benchmarks.report.fits import Quantity, Sweep, chosen, sweeps
@@ -31,9 +30,7 @@ from benchmarks.report.groups import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
 INSTALL = "pip install matplotlib"
 DPI = 120
@@ -63,8 +60,6 @@ OTHERS = ("#b8860b", "#3f8f8f", "#7f3f3f", "#5a7d2a", "#9467bd", "#e377c2")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 FEWEST = 4  # implementations a comparison of errors needs
 SIZES = 2  # different N a line needs
-NEAR = 12.0  # points between a mark and a name without a line
-Side = Literal["left", "center", "right"]
 
 
 @dataclass(frozen=True)
@@ -236,25 +231,14 @@ def _placed(group: Group) -> list[Record]:
     return [r for r in group.measured if r.grad_error is not None and r.grad_error > 0]
 
 
-def _at(record: Record) -> tuple[float, float]:
-    assert record.grad_error is not None
-    return record.ms, record.grad_error
-
-
 def errors(group: Group, title: str) -> Figure:
-    """Gradient error against time on one case, each point with its name."""
+    """Gradient error against time on one case, a point for each implementation."""
     figure = _figure(9, 5.6, title)
     axes = figure.subplots()
-    records = sorted(_placed(group), key=lambda r: impl_order(r.impl))
-    for r in records:
-        axes.plot(
-            *_at(r),
-            linestyle="",
-            color=colour(r.impl),
-            marker=marker(r.impl),
-            markersize=11 if r.impl == OURS else 8,
-            zorder=5,
-        )
+    for r in sorted(_placed(group), key=lambda r: impl_order(r.impl)):
+        assert r.grad_error is not None
+        size, name = 11 if r.impl == OURS else 8, r.impl.replace("$", r"\$")
+        axes.plot(r.ms, r.grad_error, marker(r.impl), color=colour(r.impl), markersize=size, label=name, zorder=5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(_room(axes.get_xlim(), 3))
@@ -264,7 +248,7 @@ def errors(group: Group, title: str) -> Figure:
     axes.set_xlabel("time, ms")
     _plain(axes, "relative gradient error against float64")
     axes.text(0.005, 0.01, "better: left and down", transform=axes.transAxes, color=SOFT, fontsize=9, style="italic")
-    _name_points(figure, axes, records)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9.5, labelspacing=0.9)
     return figure
 
 
@@ -279,96 +263,7 @@ def _decades(axis: Axis) -> None:
 
 
 def _room(limits: tuple[float, float], least: float) -> tuple[float, float]:
-    """Limits with room for names, and wide enough that noise does not look like a difference."""
+    """Limits so wide that noise does not look like a difference."""
     middle = math.sqrt(limits[0] * limits[1])
     half = max(1.5 * math.sqrt(limits[1] / limits[0]), math.sqrt(least))
     return middle / half, middle * half
-
-
-def _name_points(figure: Figure, axes: Axes, records: Sequence[Record]) -> None:
-    """Names near their points, each at the nearest position where neither it nor its line covers anything."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # or the layout would change again
-    renderer = _renderer(figure)
-    pixel = figure.dpi / 72
-    points = [tuple(axes.transData.transform(_at(r))) for r in records]
-    marks = [(x - 7 * pixel, y - 7 * pixel, x + 7 * pixel, y + 7 * pixel) for x, y in points]
-    names = [_box(text, renderer) for text in axes.texts]
-    frame = axes.get_window_extent(renderer).extents
-    leads: list[tuple[float, float]] = []  # points of the lines from names to their marks
-    for r, (x, y), mark in zip(records, points, marks, strict=True):
-        text = axes.annotate(
-            r.impl.replace("$", r"\$"),
-            _at(r),
-            xytext=(0, 0),
-            textcoords="offset points",
-            fontsize=9.5,
-            color=colour(r.impl),
-            weight="bold" if r.impl == OURS else "normal",
-            zorder=6,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": SOFT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4},
-        )
-        others = [*(m for m in marks if m != mark), *names]
-        for dx, dy, side in _places():
-            text.set_position((dx, dy))
-            text.set_horizontalalignment(side)
-            box = _box(text, renderer)
-            near = max(abs(dx), abs(dy)) <= NEAR
-            lead = [] if near else _line((x, y), ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
-            inside = frame[0] <= box[0] and frame[1] <= box[1] and box[2] <= frame[2] and box[3] <= frame[3]
-            covers = any(_meet(box, other) for other in [*others, mark]) or any(_holds(box, p) for p in leads)
-            if inside and not covers and not any(_holds(other, p) for other in others for p in lead):
-                break
-        if text.arrow_patch is not None:
-            text.arrow_patch.set_visible(not near)
-        leads += lead
-        names.append(box)
-
-
-def _places() -> list[tuple[float, float, Side]]:
-    """Offsets in points from near to far, with the alignment of the text."""
-    near: list[tuple[float, float, Side]] = [
-        (NEAR, 0.0, "left"),
-        (-NEAR, 0.0, "right"),
-        (0.0, NEAR, "center"),
-        (0.0, -NEAR, "center"),
-    ]
-    across: tuple[tuple[float, Side], ...] = (
-        (0.0, "center"),
-        (0.6, "left"),
-        (-0.6, "right"),
-        (1.5, "left"),
-        (-1.5, "right"),
-    )
-    return near + [(w * far, up * far, side) for far in range(18, 200, 6) for w, side in across for up in (1, -1)]
-
-
-def _line(start: tuple[float, float], end: tuple[float, float], steps: int = 24) -> list[tuple[float, float]]:
-    (x, y), (dx, dy) = start, (end[0] - start[0], end[1] - start[1])
-    return [(x + dx * i / steps, y + dy * i / steps) for i in range(steps + 1)]
-
-
-def _holds(box: tuple[float, ...], point: tuple[float, float]) -> bool:
-    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
-
-
-def _renderer(figure: Figure) -> RendererAgg:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    assert isinstance(figure.canvas, FigureCanvasAgg)
-    return figure.canvas.get_renderer()
-
-
-def _box(text: Text, renderer: RendererAgg) -> tuple[float, float, float, float]:
-    """The bounding box of the letters in pixels, without the line to them."""
-    from matplotlib.text import Annotation, Text
-
-    if isinstance(text, Annotation):
-        text.update_positions(renderer)
-    x0, y0, x1, y1 = Text.get_window_extent(text, renderer).extents
-    return x0 - 1, y0 - 1, x1 + 1, y1 + 1
-
-
-def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -189,20 +189,3 @@ class TestPlots:
         for picture in made:
             plots.draw(picture, tmp_path / picture.name)
             assert (tmp_path / picture.name).read_bytes().startswith(b"\x89PNG")
-
-    def test_no_name_covers_a_point_or_another_name(self) -> None:
-        pytest.importorskip("matplotlib", reason="plots need matplotlib")
-        names = list(plots.COLOURS)[:12]
-        records = [linear(i, time_ms=10 + 0.3 * k, grad_error=4e-3 + 1e-5 * k) for k, i in enumerate(names)]
-        (case,) = groups(records)
-        figure = plots.errors(case, "title")
-        (axes,) = figure.axes
-        renderer = plots._renderer(figure)
-        boxes = [plots._box(text, renderer) for text in axes.texts]
-        points = [tuple(axes.transData.transform(plots._at(r)).tolist()) for r in records]
-        assert len(boxes) == len(names) + 1
-        for i, box in enumerate(boxes):
-            assert not any(plots._meet(box, other) for other in boxes[:i]), i
-            assert not any(plots._holds(box, point) for point in points)
-        frame = axes.get_window_extent(renderer).extents
-        assert all(frame[0] <= b[0] and frame[1] <= b[1] and b[2] <= frame[2] and b[3] <= frame[3] for b in boxes)
