@@ -122,10 +122,10 @@ class Campaign:
         return None
 
     def _first_again(self, job: Job[B], bench: B, first: Record) -> None:
-        """Time caop_fast once more after all others: its record shows what the order did to them."""
+        """Time caop_fast again after all others: its record shows the effect of the order."""
         found = next(r for r in self.results.records if r.key == first.key)
         if found.status == "ok" and found.impl == OURS and not self._late():
-            self.begin(f"{' '.join(found.key)} once more")
+            self.begin(f"{' '.join(found.key)} again")
             self.results.add(job.again(bench, found, self.effort))
 
     def _add(self, found: Record) -> None:

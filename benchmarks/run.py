@@ -52,7 +52,7 @@ class LossJob:
             release(bench.device)
 
     def again(self, bench: Bench, found: Record, effort: Effort) -> Record:
-        """Time the implementation and the floor once more: thermal throttling shows. On failure ``found`` as it is."""
+        """Time the implementation and the floor again, which shows thermal throttling. On failure ``found`` unchanged."""
         try:
             fresh_compiler()
             timing = timed(bench, bench.steps(peers.named(found.impl).build(bench.case)), effort)

@@ -65,34 +65,34 @@ def supervise(module: str, arguments: Sequence[str], *, until: float, say: Calla
     Returns:
         The exit code of the last worker; 2 if ``MOST_WORKERS`` died, 130 if the run was stopped.
     """
-    told = {DEADLINE: str(until)}
+    variables = {DEADLINE: str(until)}
     signal.signal(signal.SIGTERM, _stop)
     for _ in range(MOST_WORKERS):
         try:
-            code, ended = _work(module, arguments, told)
+            code, ended = _work(module, arguments, variables)
         except KeyboardInterrupt:
             say("stopped; run it again to resume")
             return 130
         if ended is None:
             return code
         say(f"{ended}; continuing in a new process")
-        told[ENDED] = ended
+        variables[ENDED] = ended
     say(f"{MOST_WORKERS} processes died; the results contain what was measured")
     return 2
 
 
-def _work(module: str, arguments: Sequence[str], told: dict[str, str]) -> tuple[int, str | None]:
-    """Run one worker: its exit code, and why it crashed or None. Its results file is added to ``told``."""
+def _work(module: str, arguments: Sequence[str], variables: dict[str, str]) -> tuple[int, str | None]:
+    """Run one worker: its exit code, and why it crashed or None. Its results file is added to ``variables``."""
     reader, writer = os.pipe()
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     worker = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        env={**os.environ, **told, PIPE: str(writer), "PYTHONPATH": paths},
+        env={**os.environ, **variables, PIPE: str(writer), "PYTHONPATH": paths},
         pass_fds=[writer],
     )
     os.close(writer)
     try:
-        late = _listen(reader, worker, told)
+        late = _listen(reader, worker, variables)
         code = worker.wait(START) if late is None else None
     except KeyboardInterrupt as stopped:  # the worker stops its tests, which run in their own session
         if stopped.args:  # SIGTERM is sent to this process only
@@ -120,7 +120,7 @@ def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _listen(reader: int, worker: subprocess.Popen, told: dict[str, str]) -> str | None:
+def _listen(reader: int, worker: subprocess.Popen, variables: dict[str, str]) -> str | None:
     """Read events until the worker is gone; returns why it should be killed if it reported nothing for too long."""
     held, doing, seconds = b"", "starting", START
     with selectors.DefaultSelector() as selector:
@@ -141,7 +141,7 @@ def _listen(reader: int, worker: subprocess.Popen, told: dict[str, str]) -> str 
             for line in lines:
                 event = json.loads(line)
                 if "results" in event:
-                    told[RESULT] = event["results"]
+                    variables[RESULT] = event["results"]
                 else:
                     doing, seconds = event["begin"], event["seconds"]
                     limit = time.monotonic() + seconds

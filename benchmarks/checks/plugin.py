@@ -15,7 +15,7 @@ import pytest
 
 OUTCOMES = "CAOP_OUTCOMES"  # file to append {"name", "outcome", "detail"} to, a JSON object a line
 HANGING = "CAOP_HANGING_TEST_SECONDS"  # after which a test's process ends
-SECONDS = 120.0  # unless told; compiling a kernel takes a part of that
+SECONDS = 120.0  # by default; compiling a kernel takes a part of that
 LENGTH = 4000  # of a detail
 STDERR = os.dup(2)  # before pytest captures it
 _worker = False
