@@ -63,19 +63,23 @@ class Options:
 
 def parser(device: str, selection: str, minutes: float) -> argparse.ArgumentParser:
     """Options, with the defaults of a device."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made = argparse.ArgumentParser(description=__doc__)
     suites = (*cases.SUITES, "step")
-    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results; a run there is resumed")
-    made.add_argument("--minutes", type=float, default=minutes, help="nothing new is started after them")
+    made.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of the results, resumed if there are (%(default)s)"
+    )
+    made.add_argument("--minutes", type=float, default=minutes, help="after which nothing new is started (%(default)s)")
     made.add_argument("--device", choices=("cuda", "cpu"), default=device)
     made.add_argument("--selection", choices=sorted(cases.SELECTIONS), default=selection)
     made.add_argument("--suites", nargs="+", choices=suites, default=suites)
     made.add_argument("--impls", nargs="+", choices=[p.name for p in peers.ALL], help="only these implementations")
-    made.add_argument("--seconds", type=float, default=2.0, help="of timed rounds for each implementation")
-    made.add_argument("--rounds", type=int, default=50, help="timed rounds for each implementation, at most")
-    made.add_argument("--correctness-minutes", type=float, help="of the minutes (default: a third; 0: no checks)")
+    made.add_argument(
+        "--seconds", type=float, default=2.0, help="of timed rounds for each implementation (%(default)s)"
+    )
+    made.add_argument("--rounds", type=int, default=50, help="at most, for each implementation (%(default)s)")
+    made.add_argument("--correctness-minutes", type=float, help="of the minutes (a third; 0: no checks)")
     made.add_argument("--correctness-tests", metavar="TEXT", help="only tests that match, as with pytest -k")
-    made.add_argument("--patience", type=float, help="seconds for an implementation (default: 180; on a CPU 900)")
+    made.add_argument("--patience", type=float, help="seconds for an implementation (180; on a CPU 900)")
     made.add_argument("--fresh", action="store_true", help="begin another file instead of resuming one")
     return made
 

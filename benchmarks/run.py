@@ -52,7 +52,7 @@ class LossJob:
             release(bench.device)
 
     def again(self, bench: Bench, found: Record, effort: Effort) -> Record:
-        """Time the implementation and the floor again, which shows thermal throttling. On failure ``found`` unchanged."""
+        """Time the implementation and the floor again, which shows thermal throttling; ``found`` if that fails."""
         try:
             fresh_compiler()
             timing = timed(bench, bench.steps(peers.named(found.impl).build(bench.case)), effort)

@@ -40,7 +40,7 @@ def build(case: Case, **options: Unpack[Options]) -> Loss:
     cap, beta, engine = case.softcap, case.beta, backend()
 
     def logits(i: Inputs) -> Tensor:
-        return the(
+        return required(
             caop_fast.distillation_loss(
                 i["student"], i["teacher"], i["labels"], student_softcap=cap, teacher_softcap=cap, beta=beta,
                 backend=engine,
@@ -49,7 +49,7 @@ def build(case: Case, **options: Unpack[Options]) -> Loss:
 
     def linear(i: Inputs) -> Tensor:
         hidden, teacher, labels = i.unmasked("hidden", "teacher_hidden", "labels")
-        return the(
+        return required(
             caop_fast.linear_distillation_loss(
                 hidden, i["weight"], teacher, i["teacher_weight"], labels, student_softcap=cap, teacher_softcap=cap,
                 beta=beta, backend=engine, **options,
@@ -57,7 +57,7 @@ def build(case: Case, **options: Unpack[Options]) -> Loss:
         )  # fmt: skip
 
     def topk(i: Inputs) -> Tensor:
-        return the(
+        return required(
             caop_fast.topk_distillation_loss(
                 i["student"], i["teacher_ids"], i["teacher_logprobs"], i["labels"], student_softcap=cap, beta=beta,
                 backend=engine,
@@ -66,7 +66,7 @@ def build(case: Case, **options: Unpack[Options]) -> Loss:
 
     def linear_topk(i: Inputs) -> Tensor:
         hidden, ids, logprobs, labels = i.unmasked("hidden", "teacher_ids", "teacher_logprobs", "labels")
-        return the(
+        return required(
             caop_fast.linear_topk_distillation_loss(
                 hidden, i["weight"], ids, logprobs, labels, student_softcap=cap, beta=beta, backend=engine
             ).loss
@@ -82,12 +82,12 @@ def build(case: Case, **options: Unpack[Options]) -> Loss:
 
     def tokens(i: Inputs) -> Tensor:
         found = caop_fast.token_statistics(i["student"], i["labels"], softcap=cap, backend=engine)
-        return -the(found.logprob).sum() / i.count
+        return -required(found.logprob).sum() / i.count
 
     def linear_tokens(i: Inputs) -> Tensor:
         hidden, labels = i.unmasked("hidden", "labels")
         found = caop_fast.linear_token_statistics(hidden, i["weight"], labels, softcap=cap, backend=engine)
-        return -the(found.logprob).mean()
+        return -required(found.logprob).mean()
 
     return {
         "logits": logits,
@@ -101,7 +101,7 @@ def build(case: Case, **options: Unpack[Options]) -> Loss:
     }[case.suite]
 
 
-def the(output: Tensor | None) -> Tensor:
+def required(output: Tensor | None) -> Tensor:
     """An output that is not None with these arguments."""
     assert output is not None
     return output

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.definitions import IGNORE_INDEX
-from benchmarks.peers import official, plain
+from benchmarks.peers import official, ours, plain
 from benchmarks.step.cases import StepCase
 
 if TYPE_CHECKING:
@@ -83,9 +83,7 @@ def _linear_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor],
     from caop_fast import linear_distillation_loss
 
     labels = batch.completions.ids.flatten()[batch.rows]  # for the log-probabilities that the official loop reports
-    loss = linear_distillation_loss(*student, *teacher, labels, beta=batch.beta).loss
-    assert loss is not None
-    return loss
+    return ours.required(linear_distillation_loss(*student, *teacher, labels, beta=batch.beta).loss)
 
 
 def _logits(model: Qwen3ForCausalLM, prompts: Prompts, batch: Batch) -> Tensor:
