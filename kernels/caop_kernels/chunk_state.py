@@ -23,7 +23,7 @@ from caop_kernels.launch import (
     is_aligned,
     statistics_launch,
 )
-from caop_kernels.state import EXCLUDED, FLOOR, STATE_FIELDS, rebase, store_state
+from caop_kernels.state import EXCLUDED, STATE_FIELDS, RowState, empty_state, join_threads, rebase, store_state
 from caop_kernels.tile import load_logits, tile_columns
 from caop_kernels.tuning import chosen
 
@@ -36,8 +36,7 @@ SUPPORT_SCALE_64 = tl.constexpr(2.0**960)
 
 @triton.jit
 def accumulate(
-    m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s,
-    student, teacher, columns, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
+    state, student, teacher, columns, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
     GROUPS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr,
     SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, TEACHER: tl.constexpr, DIFFERENCE: tl.constexpr,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, ENTROPY_S: tl.constexpr, ENTROPY_T: tl.constexpr,
@@ -47,23 +46,23 @@ def accumulate(
     # Groups before vector: both reductions stay inside a thread.
     v_s = load_logits(student, columns, n_cols, inverse_cap_s, MASKED, SOFTCAP_S, COMPUTE)
     v_s = tl.reshape(v_s, [GROUPS, THREADS, VECTOR])
-    new_m_s = tl.maximum(m_s, tl.max(tl.max(v_s, axis=2), axis=0) * scale_s)
-    new_m_t = m_t
+    m_s = tl.maximum(state.m_s, tl.max(tl.max(v_s, axis=2), axis=0) * scale_s)
+    m_t = state.m_t
     if TEACHER:
         v_t = load_logits(teacher, columns, n_cols, inverse_cap_t, MASKED, SOFTCAP_T, COMPUTE)
         v_t = tl.reshape(v_t, [GROUPS, THREADS, VECTOR])
-        new_m_t = tl.maximum(m_t, tl.max(tl.max(v_t, axis=2), axis=0) * scale_t)
-    z_s, z_t, d, a_s, a_t, c_t, c_s = rebase(m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, new_m_s, new_m_t)
+        m_t = tl.maximum(state.m_t, tl.max(tl.max(v_t, axis=2), axis=0) * scale_t)
+    _, _, z_s, z_t, d, a_s, a_t, c_t, c_s, s = rebase(state, m_s, m_t)
 
     # Exponentials before the clamp: 2^-inf is 0, and NaN gets through (maximum may drop it).
-    u_s = tl.fma(v_s, tl.zeros_like(v_s) + scale_s, tl.zeros_like(v_s) - new_m_s[None, :, None])
+    u_s = tl.fma(v_s, tl.zeros_like(v_s) + scale_s, tl.zeros_like(v_s) - m_s[None, :, None])
     e_s = tl.exp2(u_s)
     z_s += tl.sum(tl.sum(e_s, axis=2), axis=0)
     u_s = tl.maximum(u_s, EXCLUDED)
     if ENTROPY_S:
         a_s += tl.sum(tl.sum(e_s * u_s, axis=2), axis=0)
     if TEACHER:
-        u_t = tl.fma(v_t, tl.zeros_like(v_t) + scale_t, tl.zeros_like(v_t) - new_m_t[None, :, None])
+        u_t = tl.fma(v_t, tl.zeros_like(v_t) + scale_t, tl.zeros_like(v_t) - m_t[None, :, None])
         e_t = tl.exp2(u_t)
         z_t += tl.sum(tl.sum(e_t, axis=2), axis=0)
         u_t = tl.maximum(u_t, EXCLUDED)
@@ -81,7 +80,7 @@ def accumulate(
             c_s += tl.sum(tl.sum(e_s * x, axis=2), axis=0)
         if DIFFERENCE:
             d += tl.sum(tl.sum(e_s - e_t, axis=2), axis=0)
-    return new_m_s, new_m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s
+    return RowState(m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -131,37 +130,26 @@ def chunk_state_kernel(
             teacher = teacher_ptr + row * teacher_stride
         else:
             teacher = student  # not read
-        zero = tl.zeros([THREADS], COMPUTE)
-        m_s, m_t = zero + FLOOR, zero + FLOOR
-        z_s, z_t, d, a_s, a_t, c_t, c_s, s = zero, zero, zero, zero, zero, zero, zero, zero
-
+        state = empty_state(tl.zeros([THREADS], COMPUTE))
         begin = chunk * CHUNK
         offsets = begin + tile_columns(GROUPS, THREADS * VECTOR)
         width = tl.minimum(n_cols - begin, CHUNK)
         whole = width // TILE * TILE
         for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
-            m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s = accumulate(
-                m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s,
-                student, teacher, start + offsets, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t, GROUPS,
-                THREADS, VECTOR, False, SOFTCAP_S, SOFTCAP_T, TEACHER, DIFFERENCE, FORWARD, REVERSE, ENTROPY_S,
+            state = accumulate(
+                state, student, teacher, start + offsets, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
+                GROUPS, THREADS, VECTOR, False, SOFTCAP_S, SOFTCAP_T, TEACHER, DIFFERENCE, FORWARD, REVERSE, ENTROPY_S,
                 ENTROPY_T, COMPUTE,
             )  # fmt: skip
         if whole < width:
-            m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s = accumulate(
-                m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s,
-                student, teacher, whole + offsets, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t, GROUPS,
-                THREADS, VECTOR, True, SOFTCAP_S, SOFTCAP_T, TEACHER, DIFFERENCE, FORWARD, REVERSE, ENTROPY_S,
+            state = accumulate(
+                state, student, teacher, whole + offsets, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
+                GROUPS, THREADS, VECTOR, True, SOFTCAP_S, SOFTCAP_T, TEACHER, DIFFERENCE, FORWARD, REVERSE, ENTROPY_S,
                 ENTROPY_T, COMPUTE,
             )  # fmt: skip
 
-        row_m_s = tl.max(m_s, axis=0)
-        row_m_t = tl.max(m_t, axis=0)
-        z_s, z_t, d, a_s, a_t, c_t, c_s = rebase(m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, row_m_s, row_m_t)
-        store_state(
-            states_ptr + chunk.to(tl.int64) * FIELDS * n_rows + row, n_rows, None,
-            row_m_s, row_m_t, tl.sum(z_s, axis=0), tl.sum(z_t, axis=0), tl.sum(d, axis=0), tl.sum(a_s, axis=0),
-            tl.sum(a_t, axis=0), tl.sum(c_t, axis=0), tl.sum(c_s, axis=0), tl.sum(s, axis=0),
-        )  # fmt: skip
+        pointer = states_ptr + chunk.to(tl.int64) * FIELDS * n_rows + row
+        store_state(pointer, n_rows, None, join_threads(state))
 
 
 def statistics_flags(asked: Collection[str]) -> dict[str, bool]:

@@ -33,7 +33,7 @@ from caop_kernels.checks import check_labels, check_logits, check_positive, chec
 from caop_kernels.chunk_state import chunk_states, scalars
 from caop_kernels.elementary import LN2, log1p, tanh
 from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps
-from caop_kernels.state import ABSENT, FLOOR, LABEL_FIELD, SHARD_FIELDS, STATE_FIELDS, load_state, merge
+from caop_kernels.state import ABSENT, LABEL_FIELD, SHARD_FIELDS, STATE_FIELDS, empty_state, load_state, merge
 
 IGNORE_INDEX = tl.constexpr(-100)
 
@@ -145,16 +145,10 @@ def finish_kernel(
         live = tl.load(weights_ptr + rows, mask=mask, other=0.0) != 0
 
     zero = tl.zeros([ROWS], COMPUTE)
-    m_s, m_t = zero + FLOOR, zero + FLOOR
-    z_s, z_t, d, a_s, a_t, c_t, c_s, s = zero, zero, zero, zero, zero, zero, zero, zero
+    state = empty_state(zero)
     for i in tl.range(0, n_states):
-        o_m_s, o_m_t, o_z_s, o_z_t, o_d, o_a_s, o_a_t, o_c_t, o_c_s, o_s = load_state(
-            states_ptr + i * (FIELDS * n_rows) + rows, n_rows, live
-        )
-        m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s = merge(
-            m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s,
-            o_m_s, o_m_t, o_z_s, o_z_t, o_d, o_a_s, o_a_t, o_c_t, o_c_s, o_s,
-        )  # fmt: skip
+        state = merge(state, load_state(states_ptr + i * (FIELDS * n_rows) + rows, n_rows, live))
+    m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s = state
 
     # A side without a single finite logit has no distribution: everything that involves it is NaN.
     z_s = tl.where(z_s > 0, z_s, float("nan"))

@@ -19,7 +19,7 @@ from caop_kernels.chunk_state import chunk_states, scalars
 from caop_kernels.elementary import tanh
 from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps
 from caop_kernels.row_stats import SAVED_FIELDS, STATISTICS, RowStatistics, finish_kernel
-from caop_kernels.state import ABSENT, FLOOR, LABEL_FIELD, SHARD_FIELDS, load_state, merge, store_state
+from caop_kernels.state import ABSENT, LABEL_FIELD, SHARD_FIELDS, empty_state, load_state, merge, store_state
 
 
 @triton.jit
@@ -66,33 +66,30 @@ def merge_states_kernel(
     mask = rows < n_rows
     n_rows = n_rows.to(tl.int64)
     zero = tl.zeros([ROWS], COMPUTE)
-    m_s, m_t = zero + FLOOR, zero + FLOOR
-    z_s, z_t, d, a_s, a_t, c_t, c_s, s = zero, zero, zero, zero, zero, zero, zero, zero
+    state = empty_state(zero)
     y_s, y_t = zero + ABSENT, zero + ABSENT
     for i in tl.range(0, n_states):
         pointer = states_ptr + i * (FIELDS * n_rows) + rows
-        o_m_s, o_m_t, o_z_s, o_z_t, o_d, o_a_s, o_a_t, o_c_t, o_c_s, o_s = load_state(pointer, n_rows, mask)
+        other = load_state(pointer, n_rows, mask)
+        union = merge(state, other)
         if FIELDS == SHARD_FIELDS:
-            o_y_s = tl.load(pointer + LABEL_FIELD * n_rows, mask=mask, other=1.0)
-            o_y_t = tl.load(pointer + (LABEL_FIELD + 1) * n_rows, mask=mask, other=1.0)
-            y_s = join_labels(y_s, m_s, o_y_s, o_m_s, tl.maximum(m_s, o_m_s))
-            y_t = join_labels(y_t, m_t, o_y_t, o_m_t, tl.maximum(m_t, o_m_t))
-        m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s = merge(
-            m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s,
-            o_m_s, o_m_t, o_z_s, o_z_t, o_d, o_a_s, o_a_t, o_c_t, o_c_s, o_s,
-        )  # fmt: skip
+            other_y_s = tl.load(pointer + LABEL_FIELD * n_rows, mask=mask, other=1.0)
+            other_y_t = tl.load(pointer + (LABEL_FIELD + 1) * n_rows, mask=mask, other=1.0)
+            y_s = join_labels(y_s, state.m_s, other_y_s, other.m_s, union.m_s)
+            y_t = join_labels(y_t, state.m_t, other_y_t, other.m_t, union.m_t)
+        state = union
     if labels_ptr is not None:
         label = tl.load(labels_ptr + rows, mask=mask, other=-1)
         valid = mask & (label >= 0) & (label < n_cols)
         y_s = label_exponent(
-            student_ptr + rows * student_stride, label, valid, m_s,
+            student_ptr + rows * student_stride, label, valid, state.m_s,
             tl.full((), scale_s, COMPUTE), tl.full((), inverse_cap_s, COMPUTE), SOFTCAP_S,
         )  # fmt: skip
         y_t = label_exponent(
-            teacher_ptr + rows * teacher_stride, label, valid, m_t,
+            teacher_ptr + rows * teacher_stride, label, valid, state.m_t,
             tl.full((), scale_t, COMPUTE), tl.full((), inverse_cap_t, COMPUTE), SOFTCAP_T,
         )  # fmt: skip
-    store_state(out_ptr + rows, n_rows, mask, m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s)
+    store_state(out_ptr + rows, n_rows, mask, state)
     tl.store(out_ptr + LABEL_FIELD * n_rows + rows, y_s, mask=mask)
     tl.store(out_ptr + (LABEL_FIELD + 1) * n_rows + rows, y_t, mask=mask)
 

@@ -36,6 +36,8 @@ A field belonging to a statistic that was not asked for holds no meaning; it is 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -51,64 +53,82 @@ EXCLUDED = tl.constexpr(-(2.0**100))
 FLOOR = tl.constexpr(-(2.0**40))
 
 
-@triton.jit
-def rebase(m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, new_m_s, new_m_t):
-    """The sums of a state, expressed relative to maxima that are at least as large.
+class RowState(NamedTuple):
+    """The sums of some columns, as a value of device code; fields and their order are those of the table above."""
 
-    With shift = m - m' <= 0 and q = 2^shift, every u grows by its shift and x by shift_t - shift_s.
-    Returns (z_s, z_t, d, a_s, a_t, c_t, c_s); the support field does not change.
+    m_s: tl.tensor
+    m_t: tl.tensor
+    z_s: tl.tensor
+    z_t: tl.tensor
+    d: tl.tensor
+    a_s: tl.tensor
+    a_t: tl.tensor
+    c_t: tl.tensor
+    c_s: tl.tensor
+    s: tl.tensor
+
+
+@triton.jit
+def empty_state(zero):
+    """The state of no columns; `zero` gives shape and dtype."""
+    return RowState(zero + FLOOR, zero + FLOOR, zero, zero, zero, zero, zero, zero, zero, zero)
+
+
+@triton.jit
+def rebase(state, m_s, m_t):
+    """The same state relative to the maxima m_s, m_t, which are at least as large as its own.
+
+    With shift = m - m' <= 0 and q = 2^shift, every u grows by its shift and x by shift_t - shift_s; the support field
+    does not change.
     """
-    shift_s = m_s - new_m_s
-    shift_t = m_t - new_m_t
+    shift_s = state.m_s - m_s
+    shift_t = state.m_t - m_t
     q_s = tl.exp2(shift_s)
     q_t = tl.exp2(shift_t)
     shift_x = shift_t - shift_s
-    d = q_s * d + (q_s - q_t) * z_t
-    a_s = q_s * (a_s + z_s * shift_s)
-    a_t = q_t * (a_t + z_t * shift_t)
-    c_t = q_t * (c_t + z_t * shift_x)
-    c_s = q_s * (c_s + z_s * shift_x)
-    return q_s * z_s, q_t * z_t, d, a_s, a_t, c_t, c_s
+    d = q_s * state.d + (q_s - q_t) * state.z_t
+    a_s = q_s * (state.a_s + state.z_s * shift_s)
+    a_t = q_t * (state.a_t + state.z_t * shift_t)
+    c_t = q_t * (state.c_t + state.z_t * shift_x)
+    c_s = q_s * (state.c_s + state.z_s * shift_x)
+    return RowState(m_s, m_t, q_s * state.z_s, q_t * state.z_t, d, a_s, a_t, c_t, c_s, state.s)
 
 
 @triton.jit
-def merge(
-    m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s,
-    other_m_s, other_m_t, other_z_s, other_z_t, other_d, other_a_s, other_a_t, other_c_t, other_c_s, other_s,
-):  # fmt: skip
+def merge(a, b):
     """The state of the union of two disjoint sets of columns: rebase both to the common maxima, then add."""
-    new_m_s = tl.maximum(m_s, other_m_s)
-    new_m_t = tl.maximum(m_t, other_m_t)
-    z_s, z_t, d, a_s, a_t, c_t, c_s = rebase(m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, new_m_s, new_m_t)
-    other_z_s, other_z_t, other_d, other_a_s, other_a_t, other_c_t, other_c_s = rebase(
-        other_m_s, other_m_t, other_z_s, other_z_t, other_d, other_a_s, other_a_t, other_c_t, other_c_s,
-        new_m_s, new_m_t,
-    )  # fmt: skip
-    return (
-        new_m_s, new_m_t, z_s + other_z_s, z_t + other_z_t, d + other_d, a_s + other_a_s, a_t + other_a_t,
-        c_t + other_c_t, c_s + other_c_s, s + other_s,
+    m_s = tl.maximum(a.m_s, b.m_s)
+    m_t = tl.maximum(a.m_t, b.m_t)
+    a = rebase(a, m_s, m_t)
+    b = rebase(b, m_s, m_t)
+    return RowState(
+        m_s, m_t, a.z_s + b.z_s, a.z_t + b.z_t, a.d + b.d, a.a_s + b.a_s, a.a_t + b.a_t, a.c_t + b.c_t,
+        a.c_s + b.c_s, a.s + b.s,
     )  # fmt: skip
 
 
 @triton.jit
-def store_state(pointer, stride, mask, m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s):
-    """Write the ten fields at `pointer`, `stride` elements apart; `mask` may be None."""
-    tl.store(pointer, m_s, mask=mask)
-    tl.store(pointer + stride, m_t, mask=mask)
-    tl.store(pointer + 2 * stride, z_s, mask=mask)
-    tl.store(pointer + 3 * stride, z_t, mask=mask)
-    tl.store(pointer + 4 * stride, d, mask=mask)
-    tl.store(pointer + 5 * stride, a_s, mask=mask)
-    tl.store(pointer + 6 * stride, a_t, mask=mask)
-    tl.store(pointer + 7 * stride, c_t, mask=mask)
-    tl.store(pointer + 8 * stride, c_s, mask=mask)
-    tl.store(pointer + 9 * stride, s, mask=mask)
+def join_threads(state):
+    """The state of all columns, scalars, from the states [threads] of the columns of each thread."""
+    state = rebase(state, tl.max(state.m_s, axis=0), tl.max(state.m_t, axis=0))
+    return RowState(
+        state.m_s, state.m_t, tl.sum(state.z_s, axis=0), tl.sum(state.z_t, axis=0), tl.sum(state.d, axis=0),
+        tl.sum(state.a_s, axis=0), tl.sum(state.a_t, axis=0), tl.sum(state.c_t, axis=0), tl.sum(state.c_s, axis=0),
+        tl.sum(state.s, axis=0),
+    )  # fmt: skip
+
+
+@triton.jit
+def store_state(pointer, stride, mask, state):
+    """Write the fields at `pointer`, `stride` elements apart; `mask` may be None."""
+    for i in tl.static_range(len(state)):
+        tl.store(pointer + i * stride, state[i], mask=mask)
 
 
 @triton.jit
 def load_state(pointer, stride, mask):
-    """Read ten fields written by `store_state`; masked-off rows read as ones, which every formula can digest."""
-    return (
+    """Read what `store_state` wrote; masked-off rows read as ones, which every formula can digest."""
+    return RowState(
         tl.load(pointer, mask=mask, other=1.0),
         tl.load(pointer + stride, mask=mask, other=1.0),
         tl.load(pointer + 2 * stride, mask=mask, other=1.0),
