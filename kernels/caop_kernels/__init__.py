@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from caop_kernels.gradient import distillation_coefficients, logit_gradient
     from caop_kernels.mixture import finish_mixture, mixture_divergence, mixture_sums
     from caop_kernels.row_stats import STATISTICS, RowStatistics, row_statistics
-    from caop_kernels.shards import finish_state, merge_states, row_state
     from caop_kernels.tuning import set_autotune
+    from caop_kernels.vocab_parallel import finish_state, merge_states, row_state
 
 __all__ = [
     "STATISTICS",
@@ -45,12 +45,12 @@ _HOME = {
     "RowStatistics": "caop_kernels.row_stats",
     "distillation_coefficients": "caop_kernels.gradient",
     "finish_mixture": "caop_kernels.mixture",
-    "finish_state": "caop_kernels.shards",
+    "finish_state": "caop_kernels.vocab_parallel",
     "logit_gradient": "caop_kernels.gradient",
     "mixture_divergence": "caop_kernels.mixture",
     "mixture_sums": "caop_kernels.mixture",
-    "merge_states": "caop_kernels.shards",
-    "row_state": "caop_kernels.shards",
+    "merge_states": "caop_kernels.vocab_parallel",
+    "row_state": "caop_kernels.vocab_parallel",
     "row_statistics": "caop_kernels.row_stats",
     "set_autotune": "caop_kernels.tuning",
 }

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from caop_kernels.constants import CONFIDENCE_KINDS
+
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -79,9 +81,6 @@ def check_rows(name: str, value: torch.Tensor | None, logits: torch.Tensor) -> N
         raise ValueError(f"{name} must have shape ({logits.shape[0]},), got {tuple(value.shape)}")
     if value.device != logits.device:
         raise ValueError(f"{name} must be on the logits' device {logits.device}, got {value.device}")
-
-
-CONFIDENCE_KINDS = ("cross_entropy", "brier", "expected_brier", "bernoulli_nll")
 
 
 def check_confidence_source(source: torch.Tensor, vocab_size: int | None) -> tuple[int, int]:

@@ -7,7 +7,6 @@ depend on that row, its strides and its alignment.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 import torch
@@ -21,13 +20,13 @@ from caop_kernels.launch import (
     compute_type,
     current_device,
     is_aligned,
+    scalings,
     statistics_launch,
 )
-from caop_kernels.state import EXCLUDED, STATE_FIELDS, RowState, empty_state, join_threads, rebase, store_state
+from caop_kernels.masked_rows import live_row
+from caop_kernels.state import CHUNK_STATE_FIELDS, EXCLUDED, RowState, empty_state, join_threads, rebase, store_state
 from caop_kernels.tile import load_logits, tile_columns
 from caop_kernels.tuning import chosen
-
-LOG2E = math.log2(math.e)
 
 # x of an excluded column is +-2^100; times this it overflows, while sums of ordinary x stay far from it.
 SUPPORT_SCALE_32 = tl.constexpr(2.0**64)
@@ -88,7 +87,7 @@ def chunk_state_kernel(
     student_ptr,  # [n_rows, >= n_cols], unit column stride
     teacher_ptr,  # likewise, or None: the teacher's fields stay empty
     weights_ptr,  # [n_rows], or None: a row of weight 0 is not read, and its state not written
-    states_ptr,  # [chunks, STATE_FIELDS, n_rows], COMPUTE
+    states_ptr,  # [chunks, CHUNK_STATE_FIELDS, n_rows], COMPUTE
     student_stride,
     teacher_stride,
     n_rows,
@@ -121,10 +120,7 @@ def chunk_state_kernel(
     scale_t = tl.full((), scale_t, COMPUTE)
     inverse_cap_s = tl.full((), inverse_cap_s, COMPUTE)
     inverse_cap_t = tl.full((), inverse_cap_t, COMPUTE)
-    live = True
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + row) != 0
-    if live:
+    if live_row(weights_ptr, row):
         student = student_ptr + row * student_stride
         if TEACHER:
             teacher = teacher_ptr + row * teacher_stride
@@ -163,16 +159,6 @@ def statistics_flags(asked: Collection[str]) -> dict[str, bool]:
     }
 
 
-def scalars(temperature: float, student_softcap: float | None, teacher_softcap: float | None) -> dict[str, float]:
-    """Scalar arguments that take raw logits (through tanh(z / cap) where there is a cap) to log2 units."""
-    return {
-        "scale_s": LOG2E / temperature * (student_softcap or 1.0),
-        "scale_t": LOG2E / temperature * (teacher_softcap or 1.0),
-        "inverse_cap_s": 1.0 / (student_softcap or 1.0),
-        "inverse_cap_t": 1.0 / (teacher_softcap or 1.0),
-    }
-
-
 def chunk_states(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor | None,
@@ -185,7 +171,7 @@ def chunk_states(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
 ) -> torch.Tensor:
-    """States [chunks, STATE_FIELDS, N] in `dtype` of checked arguments with N >= 1; see `row_stats.row_statistics`."""
+    """States [chunks, CHUNK_STATE_FIELDS, N] in `dtype`, N >= 1; arguments as in `row_stats.row_statistics`."""
     n_rows = student_logits.shape[0]
     operands = [t for t in (student_logits, teacher_logits) if t is not None]
     table = statistics_launch(
@@ -196,7 +182,7 @@ def chunk_states(
         double=dtype == torch.float64,
     )
     chunks = triton.cdiv(n_cols, CHUNK)
-    states = student_logits.new_empty((chunks, STATE_FIELDS, n_rows), dtype=dtype)
+    states = student_logits.new_empty((chunks, CHUNK_STATE_FIELDS, n_rows), dtype=dtype)
 
     def run(config: RowLaunch) -> None:
         chunk_state_kernel[(n_rows, chunks)](
@@ -208,11 +194,11 @@ def chunk_states(
             0 if teacher_logits is None else teacher_logits.stride(0),
             n_rows,
             n_cols,
-            **scalars(temperature, student_softcap, teacher_softcap),
+            **scalings(temperature, student_softcap, teacher_softcap),
             SOFTCAP_S=student_softcap is not None,
             SOFTCAP_T=teacher_softcap is not None,
             COMPUTE=compute_type(dtype),
-            FIELDS=STATE_FIELDS,
+            FIELDS=CHUNK_STATE_FIELDS,
             **config.constants(),
             **flags,
             num_warps=config.num_warps,

@@ -28,7 +28,6 @@ A row of weight 0 is not read and holds 0. A candidate id outside [0, V) makes e
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -37,13 +36,12 @@ import triton.language as tl
 
 from caop_kernels.backend import require
 from caop_kernels.checks import check_candidates, check_confidence_source, check_positive, check_rows
-from caop_kernels.elementary import LN2, tanh
-from caop_kernels.launch import backend_of, compute_type, current_device, is_aligned, statistics_launch
+from caop_kernels.constants import CONFIDENCE_SAVED_FIELDS
+from caop_kernels.launch import backend_of, compute_type, current_device, is_aligned, scaling, statistics_launch
+from caop_kernels.masked_rows import live_row
+from caop_kernels.math import LN2, chain, clip, expm1
 from caop_kernels.state import FLOOR
-from caop_kernels.tile import load_logits, tile_columns
-
-# Per row: the maximum m of the logits (of tanh(z / cap) with a softcap), z = sum 2^((v - m) scale), log P.
-CONFIDENCE_NORMALISER_FIELDS = 3
+from caop_kernels.tile import gather_logits, load_logits, tile_columns
 
 
 class ConfidenceScores(NamedTuple):
@@ -54,23 +52,8 @@ class ConfidenceScores(NamedTuple):
     variance: torch.Tensor
     outside_mass: torch.Tensor
     saved_statistics: torch.Tensor
-    """[CONFIDENCE_NORMALISER_FIELDS, N] for the gradient; [.., 0] when the source was log-probabilities."""
-
-
-@triton.jit
-def expm1(x):
-    """exp(x) - 1 for x <= 0: the rounding error of the exponential is divided out again (Kahan)."""
-    w = tl.exp(x)
-    below = w - 1.0
-    tiny = w == 1.0
-    full = w < 1e-6
-    return tl.where(tiny, x, tl.where(full, below, below * x / tl.log(tl.where(tiny | full, 0.5, w))))
-
-
-@triton.jit
-def clip(x, low, high):
-    """x within [low, high]; NaN stays NaN."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
+    """[CONFIDENCE_SAVED_FIELDS, N] for the gradient: the maximum m of the logits (of tanh(z / cap) with a softcap),
+    z = sum 2^((v - m) scale), and log P. [.., 0] when the source was log-probabilities."""
 
 
 @triton.jit
@@ -78,9 +61,7 @@ def candidate_logits(row, ids_ptr, slots, real, n_cols, inverse_cap, SOFTCAP: tl
     """(ids, which may be written, logits through tanh(z / cap)) of the candidates; NaN for ids outside [0, n_cols)."""
     ids = tl.load(ids_ptr + slots, mask=real, other=0)
     valid = real & (ids >= 0) & (ids < n_cols)
-    v = tl.load(row + ids, mask=valid, other=0.0).to(COMPUTE)
-    if SOFTCAP:
-        v = tanh(v * inverse_cap)
+    v = gather_logits(row, ids, valid, inverse_cap, SOFTCAP, COMPUTE)
     return ids, valid, tl.where(valid, v, float("nan"))
 
 
@@ -169,7 +150,7 @@ def load_upstream(pointer, row, COMPUTE: tl.constexpr):
 def inside_slope(grad_loss, grad_outside, log_inside, outside_weight):
     """h, what flows into log P. The outside mass is 0, with slope 0, where rounding takes P above 1."""
     inside = tl.where(log_inside > 0, 0.0, tl.exp(log_inside))
-    h = -(grad_loss * outside_weight) - tl.where(grad_outside == 0, 0.0, grad_outside * inside)
+    h = -(grad_loss * outside_weight) - chain(grad_outside, inside)
     return tl.where(log_inside == log_inside, h, float("nan"))
 
 
@@ -199,7 +180,7 @@ def confidence_kernel(
     expected_ptr,
     variance_ptr,
     outside_ptr,
-    saved_statistics_ptr,  # [CONFIDENCE_NORMALISER_FIELDS, n_rows], or None without ids
+    saved_statistics_ptr,  # [CONFIDENCE_SAVED_FIELDS, n_rows], or None without ids
     source_stride,
     n_rows,
     n_cols,
@@ -226,13 +207,11 @@ def confidence_kernel(
     natural = tl.full((), scale * LN2, COMPUTE)
     scale = tl.full((), scale, COMPUTE)
     inverse_cap = tl.full((), inverse_cap, COMPUTE)
-    # A dead row reads no logits: its loop is empty, its candidates are masked. (No branch around it all: on AMD the
-    # compiler would lay that out as a loop.)
-    stop = n_cols
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + row) != 0
-        stop = tl.where(live, n_cols, 0)
-        real = real & (stop > 0)
+    # A row of weight 0 reads no logits: its loop is empty, its candidates are masked. (No branch around it all: on AMD
+    # the compiler would lay that out as a loop.)
+    live = live_row(weights_ptr, row)
+    stop = tl.where(live, n_cols, 0)
+    real = real & (stop > 0)
     source = source_ptr + row * source_stride
     if ids_ptr is not None:
         m = tl.zeros([THREADS], COMPUTE) + FLOOR
@@ -265,24 +244,15 @@ def confidence_kernel(
     )
     loss = score - tl.full((), outside_weight, COMPUTE) * log_inside
     outside = -expm1(tl.where(log_inside > 0, 0.0, log_inside))
-    if weights_ptr is not None:
-        loss = tl.where(live, loss, 0.0)
-        expected = tl.where(live, expected, 0.0)
-        variance = tl.where(live, variance, 0.0)
-        outside = tl.where(live, outside, 0.0)
-    tl.store(loss_ptr + row, loss)
-    tl.store(expected_ptr + row, expected)
-    tl.store(variance_ptr + row, variance)
-    tl.store(outside_ptr + row, outside)
+    tl.store(loss_ptr + row, tl.where(live, loss, 0.0))
+    tl.store(expected_ptr + row, tl.where(live, expected, 0.0))
+    tl.store(variance_ptr + row, tl.where(live, variance, 0.0))
+    tl.store(outside_ptr + row, tl.where(live, outside, 0.0))
     if ids_ptr is not None:
         rows = n_rows.to(tl.int64)
-        if weights_ptr is not None:
-            row_m = tl.where(live, row_m, 0.0)
-            row_z = tl.where(live, row_z, 0.0)
-            log_inside = tl.where(live, log_inside, 0.0)
-        tl.store(saved_statistics_ptr + row, row_m)
-        tl.store(saved_statistics_ptr + rows + row, row_z)
-        tl.store(saved_statistics_ptr + 2 * rows + row, log_inside)
+        tl.store(saved_statistics_ptr + row, tl.where(live, row_m, 0.0))
+        tl.store(saved_statistics_ptr + rows + row, tl.where(live, row_z, 0.0))
+        tl.store(saved_statistics_ptr + 2 * rows + row, tl.where(live, log_inside, 0.0))
 
 
 def confidence_scores(
@@ -331,10 +301,11 @@ def confidence_scores(
 
     outputs = [source.new_empty(n_rows, dtype=dtype) for _ in range(4)]
     with_ids = candidate_ids is not None
-    saved_statistics = source.new_empty((CONFIDENCE_NORMALISER_FIELDS, n_rows if with_ids else 0), dtype=dtype)
+    saved_statistics = source.new_empty((CONFIDENCE_SAVED_FIELDS, n_rows if with_ids else 0), dtype=dtype)
     if n_rows == 0:
         return ConfidenceScores(*outputs, saved_statistics)
     backend = backend_of(source.device)
+    scale, inverse_cap = scaling(temperature, softcap)
     candidates = triton.next_power_of_2(candidate_values.shape[0])
     config = statistics_launch(
         backend,
@@ -356,8 +327,8 @@ def confidence_scores(
             n_rows,
             n_cols,
             candidate_values.shape[0],
-            scale=math.log2(math.e) / temperature * (softcap or 1.0),
-            inverse_cap=1.0 / (softcap or 1.0),
+            scale=scale,
+            inverse_cap=inverse_cap,
             outside_weight=outside_weight,
             **clips(eps, dtype),
             KIND=kind,

@@ -7,26 +7,24 @@ so no program has to wait for another. For log-probabilities the second kernel a
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
 from caop_kernels.confidence import (
-    CONFIDENCE_NORMALISER_FIELDS,
     candidate_logits,
     candidate_warps,
     clips,
-    expm1,
     inside_slope,
     load_upstream,
     moments,
     restrict,
     score_slopes,
 )
-from caop_kernels.elementary import LN2
-from caop_kernels.launch import CHUNK, backend_of, compute_type, current_device, gradient_launch, is_aligned
+from caop_kernels.constants import CONFIDENCE_SAVED_FIELDS
+from caop_kernels.launch import CHUNK, backend_of, compute_type, current_device, gradient_launch, is_aligned, scaling
+from caop_kernels.masked_rows import live_row
+from caop_kernels.math import LN2, chain, expm1
 from caop_kernels.tile import load_logits, tile_columns
 
 
@@ -51,7 +49,7 @@ def column_tile(
 def column_gradient_kernel(
     logits_ptr,  # [n_rows, >= n_cols], unit column stride
     weights_ptr,  # [n_rows], or None: rows of weight 0 are not read and get 0
-    saved_statistics_ptr,  # [CONFIDENCE_NORMALISER_FIELDS, n_rows]
+    saved_statistics_ptr,  # [CONFIDENCE_SAVED_FIELDS, n_rows]
     grad_loss_ptr,  # [n_rows] each, or None
     grad_outside_ptr,
     out_ptr,  # [n_rows, n_out]
@@ -82,10 +80,7 @@ def column_gradient_kernel(
     stop = tl.minimum(n_out - begin, CHUNK)
     scale = tl.full((), scale, COMPUTE)
     inverse_cap = tl.full((), inverse_cap, COMPUTE)
-    live = True
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + row) != 0
-    if live:
+    if live_row(weights_ptr, row):
         rows = n_rows.to(tl.int64)
         m = tl.load(saved_statistics_ptr + row)
         z = tl.load(saved_statistics_ptr + rows + row)
@@ -118,7 +113,7 @@ def candidate_gradient_kernel(
     values_ptr,  # [C]
     target_ptr,  # [n_rows]
     weights_ptr,  # [n_rows], or None
-    saved_statistics_ptr,  # [CONFIDENCE_NORMALISER_FIELDS, n_rows], or None without ids
+    saved_statistics_ptr,  # [CONFIDENCE_SAVED_FIELDS, n_rows], or None without ids
     grad_loss_ptr,  # [n_rows] each, or None
     grad_expected_ptr,
     grad_variance_ptr,
@@ -146,10 +141,7 @@ def candidate_gradient_kernel(
     real = slots < n_candidates
     source = source_ptr + row * source_stride
     out = out_ptr + row * out_stride
-    live = True
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + row) != 0
-    if live:
+    if live_row(weights_ptr, row):
         values = tl.load(values_ptr + slots, mask=real, other=0.0)
         target = tl.load(target_ptr + row)
         if ids_ptr is not None:
@@ -180,7 +172,7 @@ def candidate_gradient_kernel(
                 KIND,
             )
             # A NaN loss that nothing flows into does no harm to the other outputs.
-            gradient += tl.where(grad_loss == 0, 0.0, grad_loss * slopes)
+            gradient += chain(grad_loss, slopes)
         deviation = values - expected
         if grad_expected_ptr is not None:
             gradient += load_upstream(grad_expected_ptr, row, COMPUTE) * q * deviation
@@ -239,15 +231,16 @@ def confidence_gradient(
     )
     backend = backend_of(source.device)
     candidates = triton.next_power_of_2(candidate_values.shape[0])
+    scale, inverse_cap = scaling(temperature, softcap)
     scalars = {
-        "scale": math.log2(math.e) / temperature * (softcap or 1.0),
-        "inverse_cap": 1.0 / (softcap or 1.0),
+        "scale": scale,
+        "inverse_cap": inverse_cap,
         "inverse_temperature": 1.0 / temperature if with_ids else 1.0,
         "outside_weight": outside_weight,
     }
     with current_device(source.device):
         if with_ids:
-            assert saved_statistics.shape == (CONFIDENCE_NORMALISER_FIELDS, n_rows)
+            assert saved_statistics.shape == (CONFIDENCE_SAVED_FIELDS, n_rows)
             config = gradient_launch(
                 backend,
                 source.element_size(),

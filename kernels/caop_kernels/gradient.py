@@ -30,8 +30,6 @@ import torch
 import triton
 import triton.language as tl
 
-from caop_kernels.chunk_state import scalars
-from caop_kernels.elementary import LN2, log2_below_one
 from caop_kernels.launch import (
     CHUNK,
     MERGE_ROWS,
@@ -43,16 +41,15 @@ from caop_kernels.launch import (
     gradient_launch,
     is_aligned,
     merge_warps,
+    scalings,
 )
-from caop_kernels.tile import load_logits, narrow, tile_columns
+from caop_kernels.masked_rows import live_row
+from caop_kernels.math import LN2, chain, log2_below_one
+from caop_kernels.state import LOWEST
+from caop_kernels.tile import IGNORE_INDEX, load_logits, narrow, tile_columns
 from caop_kernels.tuning import chosen
 
-IGNORE_INDEX = tl.constexpr(-100)
 COEFFICIENT_FIELDS = 8  # shift_s, shift_t, constant, ratio, log, teacher, label, log_ratio (log2 units), in this order
-
-# Where u stands for "impossible" here: below any u whose 2^u is not 0 and any gap that counts as finite (2^64), and
-# small enough for products with coefficients to stay finite.
-LOWEST = tl.constexpr(-(2.0**66))
 
 
 @triton.jit
@@ -150,10 +147,7 @@ def gradient_kernel(
     inverse_cap_s = tl.full((), inverse_cap_s, COMPUTE)
     inverse_cap_t = tl.full((), inverse_cap_t, COMPUTE)
     beta = tl.full((), beta, COMPUTE)
-    live = True
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + row) != 0
-    if live:
+    if live_row(weights_ptr, row):
         field = coefficients_ptr + row
         rows = n_rows.to(tl.int64)
         shift_s = tl.load(field)
@@ -237,8 +231,7 @@ def coefficients_kernel(
         if (not FORWARD) or beta_ptr is not None:
             mean_ratio = tl.load(saved_statistics_ptr + 5 * step + rows, mask=mask, other=0.0)
             a_r += reverse
-            # An infinite divergence nothing flows into does no harm.
-            a_p -= tl.where(reverse == 0, 0.0, reverse * mean_ratio)
+            a_p -= chain(reverse, mean_ratio)
     if grad_logprob_ptr is not None:
         y = tl.load(labels_ptr + rows, mask=mask, other=IGNORE_INDEX)
         label = tl.load(grad_logprob_ptr + rows, mask=mask, other=0.0) * factor
@@ -247,13 +240,13 @@ def coefficients_kernel(
     if grad_entropy_ptr is not None:
         d = tl.load(grad_entropy_ptr + rows, mask=mask, other=0.0) * factor
         a_l -= d
-        a_p -= tl.where(d == 0, 0.0, d * tl.load(entropy_ptr + rows, mask=mask, other=0.0))
+        a_p -= chain(d, tl.load(entropy_ptr + rows, mask=mask, other=0.0))
     if grad_lse_ptr is not None:
         a_p += tl.load(grad_lse_ptr + rows, mask=mask, other=0.0) * factor
 
-    constant = a_p - tl.where(a_l == 0, 0.0, a_l * tl.log(z_s))
+    constant = a_p - chain(a_l, tl.log(z_s))
     if not INTERIOR:
-        constant -= tl.where(a_r == 0, 0.0, a_r * lr)
+        constant -= chain(a_r, lr)
     tl.store(out_ptr + rows, shift_s, mask=mask)
     tl.store(out_ptr + step + rows, shift_t, mask=mask)
     tl.store(out_ptr + 2 * step + rows, constant / z_s, mask=mask)
@@ -285,7 +278,8 @@ def distillation_coefficients(
         labels: [N] int64; needed with `grad_logprob`.
         beta, temperature: as in the forward; beta a float, or [N] of zeros and ones.
         student_entropy: [N]; needed with `grad_entropy`.
-        grad_divergence, grad_logprob, grad_entropy, grad_lse: [N] each, contiguous, in the dtype of `saved_statistics`, or None.
+        grad_divergence, grad_logprob, grad_entropy, grad_lse: upstream gradients, [N] each, contiguous, in the
+            dtype of `saved_statistics`; None for none.
     """
     n_rows = saved_statistics.shape[1]
     labels = None if labels is None else labels.contiguous()
@@ -387,7 +381,7 @@ def logit_gradient(
             n_rows,
             n_cols,
             n_out,
-            **scalars(temperature, student_softcap, teacher_softcap),
+            **scalings(temperature, student_softcap, teacher_softcap),
             beta=0.0 if beta is None else beta,
             SOFTCAP_S=student_softcap is not None,
             SOFTCAP_T=teacher_softcap is not None,

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from caop_kernels.constants import LOG2E
+
 # Columns per program, the same for every N, dtype and device: with a fixed split the order of additions in a row never
 # depends on the batch. 16384 columns are 8 tiles: long enough to pay for the reduction at the end of the program, short
 # enough that one row of V = 151936 already makes ten programs.
@@ -129,6 +131,24 @@ def backend_of(device: torch.device) -> str:
 def fast_log2(backend: str, double: bool) -> bool:
     """Whether a kernel may use the approximate base-2 logarithm of NVIDIA's special-function unit (inline assembly)."""
     return backend == "cuda" and not double
+
+
+def scaling(temperature: float, softcap: float | None) -> tuple[float, float]:
+    """(scale, 1 / cap) that take raw logits to log2 units: z * scale, or tanh(z / cap) * scale with a softcap."""
+    cap = softcap or 1.0
+    return LOG2E / temperature * cap, 1.0 / cap
+
+
+def scalings(temperature: float, student_softcap: float | None, teacher_softcap: float | None) -> dict[str, float]:
+    """The same for both sides, as arguments of kernels."""
+    scale_s, inverse_cap_s = scaling(temperature, student_softcap)
+    scale_t, inverse_cap_t = scaling(temperature, teacher_softcap)
+    return {
+        "scale_s": scale_s,
+        "scale_t": scale_t,
+        "inverse_cap_s": inverse_cap_s,
+        "inverse_cap_t": inverse_cap_t,
+    }
 
 
 def compute_type(dtype: torch.dtype) -> Any:

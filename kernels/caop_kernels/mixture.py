@@ -20,8 +20,6 @@ import torch
 import triton
 import triton.language as tl
 
-from caop_kernels.chunk_state import scalars
-from caop_kernels.elementary import LN2, log2_below_one
 from caop_kernels.launch import (
     CHUNK,
     MERGE_ROWS,
@@ -33,7 +31,10 @@ from caop_kernels.launch import (
     is_aligned,
     merge_warps,
     mixture_launch,
+    scalings,
 )
+from caop_kernels.masked_rows import live_row, live_rows, store_live
+from caop_kernels.math import LN2, log2_below_one
 from caop_kernels.state import EXCLUDED
 from caop_kernels.tile import load_logits, tile_columns
 from caop_kernels.tuning import chosen
@@ -105,10 +106,7 @@ def mixture_kernel(
     inverse_cap_s = tl.full((), inverse_cap_s, COMPUTE)
     inverse_cap_t = tl.full((), inverse_cap_t, COMPUTE)
     beta = tl.full((), beta, COMPUTE)
-    live = True
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + row) != 0
-    if live:
+    if live_row(weights_ptr, row):
         rows = n_rows.to(tl.int64)
         student = student_ptr + row * student_stride
         teacher = teacher_ptr + row * teacher_stride
@@ -155,9 +153,7 @@ def finish_mixture_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < n_rows
     n_rows = n_rows.to(tl.int64)
-    live = mask
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + rows, mask=mask, other=0.0) != 0
+    live = live_rows(weights_ptr, rows, mask)
     beta = tl.full((), beta, COMPUTE)
     sum_s = tl.zeros([ROWS], COMPUTE)
     sum_t = sum_s
@@ -172,8 +168,8 @@ def finish_mixture_kernel(
     mean_ratio = sum_s / z_s * LN2 + nan
     divergence = (1.0 - beta) * mean_ratio + beta * (sum_t / z_s * LN2)
     divergence = tl.where(divergence < 0, 0.0, divergence)
-    tl.store(divergence_ptr + rows, tl.where(live, divergence, 0.0), mask=mask)
-    tl.store(saved_statistics_ptr + 5 * n_rows + rows, tl.where(live, mean_ratio, 0.0), mask=mask)
+    store_live(divergence_ptr, rows, divergence, live, mask)
+    store_live(saved_statistics_ptr + 5 * n_rows, rows, mean_ratio, live, mask)
 
 
 def mixture_divergence(
@@ -255,7 +251,7 @@ def mixture_sums(
             teacher_logits.stride(0),
             n_rows,
             n_cols,
-            **scalars(temperature, student_softcap, teacher_softcap),
+            **scalings(temperature, student_softcap, teacher_softcap),
             beta=beta,
             SOFTCAP_S=student_softcap is not None,
             SOFTCAP_T=teacher_softcap is not None,
@@ -275,7 +271,7 @@ def mixture_sums(
 def finish_mixture(
     sums: torch.Tensor, saved_statistics: torch.Tensor, *, beta: float, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """D(beta) [N] of the sums [K, MIXTURE_FIELDS, N] of all columns; the saved_statistics's last field is overwritten."""
+    """D(beta) [N] of the sums [K, MIXTURE_FIELDS, N] of all columns; overwrites the last of the saved statistics."""
     n_rows = saved_statistics.shape[1]
     divergence = saved_statistics.new_empty(n_rows)
     if n_rows == 0:

@@ -30,25 +30,13 @@ import triton.language as tl
 
 from caop_kernels.backend import require
 from caop_kernels.checks import check_labels, check_logits, check_positive, check_rows
-from caop_kernels.chunk_state import chunk_states, scalars
-from caop_kernels.elementary import LN2, log1p, tanh
-from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps
-from caop_kernels.state import ABSENT, LABEL_FIELD, SHARD_FIELDS, STATE_FIELDS, empty_state, load_state, merge
-
-IGNORE_INDEX = tl.constexpr(-100)
-
-STATISTICS = (
-    "forward_kl",
-    "reverse_kl",
-    "student_lse",
-    "teacher_lse",
-    "student_logprob",
-    "teacher_logprob",
-    "student_entropy",
-    "teacher_entropy",
-)
-STUDENT_STATISTICS = ("student_lse", "student_logprob", "student_entropy")
-SAVED_FIELDS = 6
+from caop_kernels.chunk_state import chunk_states
+from caop_kernels.constants import SAVED_FIELDS, STATISTICS, STUDENT_STATISTICS
+from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps, scalings
+from caop_kernels.masked_rows import live_rows, store_live
+from caop_kernels.math import LN2, log1p
+from caop_kernels.state import ABSENT, CHUNK_STATE_FIELDS, LABEL_FIELD, empty_state, load_state, merge
+from caop_kernels.tile import IGNORE_INDEX, gather_logits
 
 
 class RowStatistics(NamedTuple):
@@ -75,9 +63,7 @@ class RowStatistics(NamedTuple):
 @triton.jit
 def label_logprob(pointer, label, valid, ignored, z, m, scale, inverse_cap, SOFTCAP: tl.constexpr):
     """ln2 * (u[label] - log2 z) per row; 0 where ignored, NaN where the label is out of range (and nothing is read)."""
-    v = tl.load(pointer + label, mask=valid, other=0.0).to(z.dtype)
-    if SOFTCAP:
-        v = tanh(v * inverse_cap)
+    v = gather_logits(pointer, label, valid, inverse_cap, SOFTCAP, z.dtype)
     logprob = (tl.fma(v, tl.zeros_like(v) + scale, -m) - tl.log2(z)) * LN2
     return tl.where(ignored, 0.0, tl.where(valid, logprob, float("nan")))
 
@@ -86,12 +72,6 @@ def label_logprob(pointer, label, valid, ignored, z, m, scale, inverse_cap, SOFT
 def held_logprob(u, z, ignored):
     """The same from the label's own exponent, which a shard's state holds; NaN where no shard held the label."""
     return tl.where(ignored, 0.0, tl.where(u < ABSENT, (u - tl.log2(z)) * LN2, float("nan")))
-
-
-@triton.jit
-def store_live(pointer, rows, value, live, mask):
-    """Write one statistic per row, 0 in rows of weight 0."""
-    tl.store(pointer + rows, tl.where(live, value, 0.0), mask=mask)
 
 
 @triton.jit
@@ -140,9 +120,7 @@ def finish_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < n_rows
     n_rows = n_rows.to(tl.int64)
-    live = mask
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + rows, mask=mask, other=0.0) != 0
+    live = live_rows(weights_ptr, rows, mask)
 
     zero = tl.zeros([ROWS], COMPUTE)
     state = empty_state(zero)
@@ -193,7 +171,7 @@ def finish_kernel(
         label = tl.load(labels_ptr + rows, mask=mask, other=IGNORE_INDEX)
         ignored = label == IGNORE_INDEX
         valid = live & (label >= 0) & (label < n_cols)
-        if FIELDS == SHARD_FIELDS:
+        if FIELDS > LABEL_FIELD:
             u = tl.load(states_ptr + LABEL_FIELD * n_rows + rows, mask=live, other=0.0)
             store_live(student_logprob_ptr, rows, held_logprob(u, z_s, ignored), live, mask)
             if TEACHER:
@@ -307,7 +285,7 @@ def row_statistics(
             n_rows,
             states.shape[0],
             n_cols,
-            **scalars(**options),
+            **scalings(**options),
             ROWS=MERGE_ROWS,
             SOFTCAP_S=student_softcap is not None,
             SOFTCAP_T=teacher_softcap is not None,
@@ -315,7 +293,7 @@ def row_statistics(
             FORWARD="forward_kl" in sums,
             REVERSE="reverse_kl" in sums,
             COMPUTE=compute_type(dtype),
-            FIELDS=STATE_FIELDS,
+            FIELDS=CHUNK_STATE_FIELDS,
             num_warps=merge_warps(backend_of(student_logits.device)),
         )
     return RowStatistics(**outputs)

@@ -6,7 +6,7 @@ combine by the same rule. With running maxima m_s, m_t and, per column,
 
     u_s = a - m_s     u_t = b - m_t     e_s = 2^u_s     e_t = 2^u_t     x = u_t - u_s
 
-a state tensor is [STATE_FIELDS, N], float32 (float64 when an input is), one row per field:
+the state of a chunk of columns is [CHUNK_STATE_FIELDS, N], float32 (float64 when an input is), one row per field:
 
     index  field  meaning
       0    m_s    student's maximum, log2 units; FLOOR when every column is -inf (or there is none)
@@ -26,7 +26,7 @@ z_s is a sum of its own because z_t + d loses it when the student is peaked and 
 product e_t * x cannot carry an infinity: with -inf stored as a large finite number, p_t = 1e-30 on a column the student
 excludes would look like an ordinary contribution.
 
-The state of a vocabulary shard, which travels between devices, has SHARD_FIELDS and adds, for the row's label,
+The state of a vocabulary shard, which travels between devices, has STATE_FIELDS and adds, for the row's label,
 
      10    y_s    u_s of the label, relative to m_s, where the label is among the columns; else ABSENT = +inf
      11    y_t    u_t of the label, likewise
@@ -41,9 +41,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-STATE_FIELDS = 10
-LABEL_FIELD = tl.constexpr(10)
-SHARD_FIELDS = tl.constexpr(12)
+CHUNK_STATE_FIELDS = 10
+LABEL_FIELD = tl.constexpr(CHUNK_STATE_FIELDS)
 ABSENT = tl.constexpr(float("inf"))  # rounding may leave the u of a row's maximum a little above 0
 
 # A finite stand-in for the exponent of a column whose logit is -inf: both sides excluded gives x = 0 exactly.
@@ -51,6 +50,9 @@ EXCLUDED = tl.constexpr(-(2.0**100))
 # Where running maxima start. Finite, so that m - m is 0 and not NaN for a thread that saw only -inf; far enough from
 # EXCLUDED that no logit of interest lies below it.
 FLOOR = tl.constexpr(-(2.0**40))
+# What stands for -inf where differences of logarithms are multiplied: two of it differ by 0, any gap that counts as
+# finite (2^64) lies above, 2^LOWEST is 0, and products with coefficients stay finite.
+LOWEST = tl.constexpr(-(2.0**66))
 
 
 class RowState(NamedTuple):

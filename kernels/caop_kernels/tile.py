@@ -10,7 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from caop_kernels.elementary import tanh
+from caop_kernels import constants
+from caop_kernels.math import tanh
+
+IGNORE_INDEX = tl.constexpr(constants.IGNORE_INDEX)
 
 
 @triton.jit
@@ -36,6 +39,15 @@ def load_logits(
         v = tanh(v * inverse_cap)
     if MASKED:  # after the softcap, which would turn -inf into -cap
         v = tl.where(mask, v, float("-inf"))
+    return v
+
+
+@triton.jit
+def gather_logits(row, ids, valid, inverse_cap, SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr):
+    """Logits of single columns as COMPUTE, through tanh(z / cap) with SOFTCAP; 0 where not valid (nothing is read)."""
+    v = tl.load(row + ids, mask=valid, other=0.0).to(COMPUTE)
+    if SOFTCAP:
+        v = tanh(v * inverse_cap)
     return v
 
 

@@ -12,7 +12,6 @@ No atomics: the bits of a row depend on that row, its strides and its alignment.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,16 +20,14 @@ import triton.language as tl
 
 from caop_kernels.backend import require
 from caop_kernels.checks import check_labels, check_logits, check_positive, check_rows
-from caop_kernels.elementary import LN2, tanh
-from caop_kernels.launch import backend_of, compute_type, current_device
+from caop_kernels.constants import MAX_LISTED, TAILS, TOPK_SAVED_FIELDS
+from caop_kernels.launch import backend_of, compute_type, current_device, scaling
+from caop_kernels.masked_rows import live_row
+from caop_kernels.math import LN2
 from caop_kernels.state import EXCLUDED, FLOOR
-from caop_kernels.topk_outcomes import TAILS, divergence_terms, student_outcomes, teacher_outcomes
+from caop_kernels.tile import IGNORE_INDEX, gather_logits
+from caop_kernels.topk_outcomes import divergence_terms, student_outcomes, teacher_outcomes
 from caop_kernels.topk_tail import TAIL_FIELDS, lanes, tail_states
-
-LOG2E = math.log2(math.e)
-IGNORE_INDEX = tl.constexpr(-100)
-MAX_LISTED = 256
-SAVED_FIELDS = 4
 
 
 class TopkStatistics(NamedTuple):
@@ -46,7 +43,7 @@ class TopkStatistics(NamedTuple):
     teacher_entropy: torch.Tensor
     """Over the outcomes compared."""
     saved_statistics: torch.Tensor
-    """[SAVED_FIELDS, N] for the gradient: m (log2 units) and z of the whole row, m and z of its tail."""
+    """[TOPK_SAVED_FIELDS, N] for the gradient: m (log2 units) and z of the whole row, m and z of its tail."""
 
 
 @triton.jit
@@ -63,9 +60,7 @@ def load_listed(
     bad = tl.sum(((ids < -1) | (ids >= n_cols)).to(tl.int32), axis=0) > 0
     lp = tl.load(logprobs_ptr + row * k + lane, mask=lane < k, other=float("-inf")).to(COMPUTE)
     lp = tl.where(valid, lp, float("-inf"))
-    v = tl.load(student + ids, mask=valid, other=0.0).to(COMPUTE)
-    if SOFTCAP:
-        v = tanh(v * inverse_cap)
+    v = gather_logits(student, ids, valid, inverse_cap, SOFTCAP, COMPUTE)
     return ids, valid, v, lp, bad
 
 
@@ -83,7 +78,7 @@ def topk_finish_kernel(
     student_entropy_ptr,
     teacher_logprob_ptr,  # or None
     teacher_entropy_ptr,
-    saved_statistics_ptr,  # [SAVED_FIELDS, n_rows]
+    saved_statistics_ptr,  # [TOPK_SAVED_FIELDS, n_rows]
     student_stride,
     k,
     chunks,
@@ -104,9 +99,6 @@ def topk_finish_kernel(
 ):
     """One program per row: join its chunks, gather what is listed, and form the statistics."""
     row = tl.program_id(0).to(tl.int64)
-    live = True
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + row) != 0
     scale = tl.full((), scale, COMPUTE)
     inverse_cap = tl.full((), inverse_cap, COMPUTE)
     beta = tl.full((), beta, COMPUTE)
@@ -115,7 +107,7 @@ def topk_finish_kernel(
     student_entropy = tl.zeros((), COMPUTE)
     teacher_logprob = tl.zeros((), COMPUTE)
     teacher_entropy = tl.zeros((), COMPUTE)
-    if live:
+    if live_row(weights_ptr, row):
         student = student_ptr + row * student_stride
         lane = tl.arange(0, K_BLOCK)
         ids, valid, v, lp, bad = load_listed(
@@ -160,7 +152,7 @@ def topk_finish_kernel(
         divergence = tl.sum(term, axis=0)
         teacher_entropy = tl.sum(tl.where(p_t == 0, 0.0, -(p_t * t)), axis=0)
         teacher_entropy = tl.where(teacher_entropy < 0, 0.0, teacher_entropy)
-        if TAIL != 2:
+        if TAIL != "ignore":
             divergence = tl.where(divergence < 0, 0.0, divergence)
         broken = tl.sum((lp != lp).to(tl.int32), axis=0) > 0  # comparisons above may have dropped a NaN
         teacher_entropy = tl.where(bad | broken, float("nan"), teacher_entropy)
@@ -170,9 +162,7 @@ def topk_finish_kernel(
         if labels_ptr is not None:
             label = tl.load(labels_ptr + row)
             inside = (label >= 0) & (label < n_cols)
-            v_label = tl.load(student + label, mask=inside, other=0.0).to(COMPUTE)
-            if SOFTCAP:
-                v_label = tanh(v_label * inverse_cap)
+            v_label = gather_logits(student, label, inside, inverse_cap, SOFTCAP, COMPUTE)
             student_logprob = (tl.fma(v_label, scale, -m) - tl.log2(z)) * LN2
             student_logprob = tl.where(inside & (not bad), student_logprob, float("nan"))
             match = valid & (ids == label)
@@ -222,13 +212,14 @@ def listed_constants(
 ) -> dict[str, object]:
     """Arguments that every kernel working on a row's list takes."""
     per_row = isinstance(beta, torch.Tensor)
+    scale, inverse_cap = scaling(temperature, softcap)
     return {
         "beta_ptr": beta.contiguous() if per_row else None,
         "beta": 0.0 if per_row else float(beta),
-        "scale": LOG2E / temperature * (softcap or 1.0),
-        "inverse_cap": 1.0 / (softcap or 1.0),
+        "scale": scale,
+        "inverse_cap": inverse_cap,
         "resolution": torch.finfo(logprobs.dtype).eps / 2,
-        "TAIL": TAILS[tail],
+        "TAIL": tail,
         "FORWARD": per_row or beta == 0,
         "REVERSE": per_row or beta == 1,
         "SOFTCAP": softcap is not None,
@@ -273,7 +264,7 @@ def topk_statistics(
     check_positive("temperature", temperature)
     check_positive("student_softcap", student_softcap, optional=True)
     if tail not in TAILS:
-        raise ValueError(f"tail must be one of {tuple(TAILS)}, got {tail!r}")
+        raise ValueError(f"tail must be one of {TAILS}, got {tail!r}")
     require(student_logits.device)
 
     double = torch.float64 in (student_logits.dtype, teacher_logprobs.dtype)
@@ -282,7 +273,7 @@ def topk_statistics(
         name: None if labels is None and name.endswith("logprob") else student_logits.new_empty(n_rows, dtype=dtype)
         for name in TopkStatistics._fields[:-1]
     }
-    saved_statistics = student_logits.new_zeros((SAVED_FIELDS, n_rows), dtype=dtype)
+    saved_statistics = student_logits.new_zeros((TOPK_SAVED_FIELDS, n_rows), dtype=dtype)
     if n_rows == 0:
         return TopkStatistics(**found, saved_statistics=saved_statistics)
 

@@ -19,19 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from caop_kernels.elementary import LN2
 from caop_kernels.gradient import COEFFICIENT_FIELDS, logit_gradient
 from caop_kernels.launch import backend_of, compute_type, current_device
-from caop_kernels.tile import narrow
-from caop_kernels.topk import IGNORE_INDEX, finish_warps, listed_constants, load_listed, packed_ids
-from caop_kernels.topk_outcomes import BUCKET, IGNORE, divergence_terms, student_outcomes, teacher_outcomes
+from caop_kernels.masked_rows import live_row
+from caop_kernels.math import LN2, chain
+from caop_kernels.tile import IGNORE_INDEX, narrow
+from caop_kernels.topk import finish_warps, listed_constants, load_listed, packed_ids
+from caop_kernels.topk_outcomes import divergence_terms, student_outcomes, teacher_outcomes
 from caop_kernels.topk_tail import lanes
-
-
-@triton.jit
-def flow(upstream, values):
-    """upstream * values, and 0 where nothing flows, so that an infinite value there does no harm."""
-    return tl.where(upstream == 0, 0.0, upstream * values)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -42,7 +37,7 @@ def listed_gradient_kernel(
     labels_ptr,  # [n_rows] int64, or None
     weights_ptr,  # [n_rows], or None: rows of weight 0 get neither values nor coefficients
     beta_ptr,  # [n_rows] zeros and ones, or None
-    saved_statistics_ptr,  # [SAVED_FIELDS, n_rows] of topk.py
+    saved_statistics_ptr,  # [TOPK_SAVED_FIELDS, n_rows] of topk.py
     entropy_ptr,  # [n_rows] the student's
     grad_divergence_ptr,  # [n_rows] each, COMPUTE, or None
     grad_logprob_ptr,
@@ -69,10 +64,7 @@ def listed_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     scale = tl.full((), scale, COMPUTE)
     beta = tl.full((), beta, COMPUTE)
-    live = True
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + row) != 0
-    if live:
+    if live_row(weights_ptr, row):
         step = n_rows.to(tl.int64)
         m = tl.load(saved_statistics_ptr + row)
         z = tl.load(saved_statistics_ptr + step + row)
@@ -101,26 +93,26 @@ def listed_gradient_kernel(
                 beta = tl.load(beta_ptr + row)
             _, h = divergence_terms(s, t, p_s, p_t, beta, FORWARD, REVERSE, TAIL)
             total = tl.sum(h, axis=0)
-            value += flow(d, h - p_s * total)
-            if TAIL == BUCKET:
+            value += chain(d, h - p_s * total)
+            if TAIL == "bucket":
                 h_tail = tl.sum(tl.where(lane == k, h, 0.0), axis=0)
-                constant += flow(d, h_tail / z_tail - unit * total)
-            elif TAIL == IGNORE:
-                constant -= flow(d, unit * total)
+                constant += chain(d, h_tail / z_tail - unit * total)
+            elif TAIL == "ignore":
+                constant -= chain(d, unit * total)
         if grad_logprob_ptr is not None:
             label = tl.load(labels_ptr + row)
             d = tl.load(grad_logprob_ptr + row) * factor
             d = tl.where((label >= 0) & (label < n_cols), d, tl.where(label == IGNORE_INDEX, 0.0, float("nan")))
-            value += tl.where(ids == label, d, 0.0) - flow(d, p)
-            constant -= flow(d, unit)
+            value += tl.where(ids == label, d, 0.0) - chain(d, p)
+            constant -= chain(d, unit)
             tl.store(coefficients_ptr + 6 * step + row, d)
         if grad_entropy_ptr is not None:
             entropy = tl.load(entropy_ptr + row)
             d = tl.load(grad_entropy_ptr + row) * factor
             log_p = (u - tl.log2(z)) * LN2
-            value -= flow(d, tl.where(p == 0, 0.0, p * (log_p + entropy)))
-            constant -= flow(d, unit * ((m_tail - m - tl.log2(z)) * LN2 + entropy))
-            tl.store(coefficients_ptr + 4 * step + row, -flow(d, unit) * LN2)
+            value -= chain(d, tl.where(p == 0, 0.0, p * (log_p + entropy)))
+            constant -= chain(d, unit * ((m_tail - m - tl.log2(z)) * LN2 + entropy))
+            tl.store(coefficients_ptr + 4 * step + row, -chain(d, unit) * LN2)
 
         constant = tl.where(z_tail == 0, 0.0, constant)  # a tail of -inf alone
         if SOFTCAP:
@@ -143,10 +135,7 @@ def scatter_kernel(
 ):
     """One program per row: put the listed values in their columns."""
     row = tl.program_id(0).to(tl.int64)
-    live = True
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + row) != 0
-    if live:
+    if live_row(weights_ptr, row):
         lane = tl.arange(0, K_BLOCK)
         ids = tl.load(ids_ptr + row * k + lane, mask=lane < k, other=-1).to(tl.int64)
         valid = (ids >= 0) & (ids < n_cols)
@@ -178,8 +167,7 @@ def topk_gradient(
     Args:
         student_logits ... vocab_size: as given to `topk_statistics`, which also made `saved_statistics` and
             `student_entropy`.
-        grad_divergence, grad_logprob, grad_entropy: [N] each, what flows into the statistics of that name, in the dtype of
-            `saved_statistics`; None for nothing.
+        grad_divergence, grad_logprob, grad_entropy: upstream gradients of those statistics, [N] each; None for none.
         inplace: write over `student_logits` and return them.
     """
     n_rows, n_out = student_logits.shape
@@ -222,8 +210,8 @@ def topk_gradient(
             )
     out = logit_gradient(
         student_logits, None, coefficients, labels=labels, weights=weights, temperature=temperature,
-        student_softcap=student_softcap, vocab_size=n_cols, log=grad_entropy is not None, label=grad_logprob is not None,
-        out=student_logits if inplace else None,
+        student_softcap=student_softcap, vocab_size=n_cols, log=grad_entropy is not None,
+        label=grad_logprob is not None, out=student_logits if inplace else None,
     )  # fmt: skip
     if n_rows:
         with current_device(student_logits.device):

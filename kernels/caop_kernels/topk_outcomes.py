@@ -16,51 +16,13 @@ rounding of the listed log-probabilities can make a small KL neither wrong nor n
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
-from caop_kernels.elementary import LN2, log1p
-
-BUCKET = tl.constexpr(0)
-RENORMALIZE = tl.constexpr(1)
-IGNORE = tl.constexpr(2)
-TAILS = {"bucket": BUCKET.value, "renormalize": RENORMALIZE.value, "ignore": IGNORE.value}
+from caop_kernels.math import LN2, accurate_exp, exp_excess, expm1, log1p
+from caop_kernels.state import LOWEST
 
 IMPOSSIBLE = tl.constexpr(-(2.0**64))  # a log-probability below this counts as -inf: finite masks act as -inf does
-LOWEST = tl.constexpr(-(2.0**66))  # what stands for -inf in differences: two impossible outcomes then differ by 0
-
-LOG2E = tl.constexpr(math.log2(math.e))
-# ln 2 in two parts; the first has ten bits, so its product with an integer exponent is exact.
-LN2_HIGH = tl.constexpr(0.693359375)
-LN2_LOW = tl.constexpr(-2.121944400546905827679e-4)
-
-
-@triton.jit
-def exp_excess(r):
-    """e^-r - 1 + r to full relative precision: r^2/2 (1 - r/3 (1 - r/4 (...))) for |r| <= 1/2."""
-    x = tl.minimum(tl.maximum(r, -0.5), 0.5)
-    series = tl.zeros_like(x) + 1.0
-    LAST: tl.constexpr = 17 if x.dtype == tl.float64 else 10
-    for i in tl.static_range(LAST - 2):
-        series = 1.0 - series * x * (1.0 / (LAST - i))
-    return tl.where(tl.abs(r) <= 0.5, x * x * 0.5 * series, tl.exp(-r) - 1.0 + r)
-
-
-@triton.jit
-def accurate_exp(x):
-    """e^x to about an ulp for x <= 88: `tl.exp` rounds x log2(e), which costs |x| ulp."""
-    x = tl.where(x < -1000.0, -1000.0, x)  # e^x is 0; NaN stays
-    n = tl.floor(x * LOG2E + 0.5)
-    f = (x - n * LN2_HIGH) - n * LN2_LOW
-    return tl.exp2(n) * (1.0 + (f + exp_excess(-f)))
-
-
-@triton.jit
-def expm1(x):
-    """e^x - 1 to full relative precision."""
-    return tl.where(tl.abs(x) <= 0.5, x + exp_excess(-x), accurate_exp(x) - 1.0)
 
 
 @triton.jit
@@ -69,7 +31,7 @@ def student_outcomes(u, m, z, m_tail, z_tail, lane, k, TAIL: tl.constexpr):
 
     m, z: maximum and partition sum of the whole row; m_tail, z_tail: of its tail.
     """
-    if TAIL == RENORMALIZE:
+    if TAIL == "renormalize":
         top = tl.max(u, axis=0)
         u = u - tl.where(top == float("-inf"), 0.0, top)
         total = tl.sum(tl.exp2(u), axis=0)
@@ -78,7 +40,7 @@ def student_outcomes(u, m, z, m_tail, z_tail, lane, k, TAIL: tl.constexpr):
         total = z
     p = tl.exp2(u) / total
     s = u - tl.log2(total)
-    if TAIL == BUCKET:
+    if TAIL == "bucket":
         below = m_tail - m
         p = tl.where(lane == k, tl.exp2(below) * (z_tail / z), p)
         s = tl.where(lane == k, below + tl.log2(z_tail) - tl.log2(z), s)
@@ -96,7 +58,7 @@ def teacher_outcomes(lp, s, lane, k, full, resolution, TAIL: tl.constexpr):
     unless the log-probabilities say otherwise.
     """
     lp = tl.where(lp < IMPOSSIBLE, float("-inf"), lp)
-    if TAIL == RENORMALIZE:
+    if TAIL == "renormalize":
         top = tl.max(lp, axis=0)
         lp = lp - tl.where(top == float("-inf"), 0.0, top)
         p = accurate_exp(lp)
@@ -104,7 +66,7 @@ def teacher_outcomes(lp, s, lane, k, full, resolution, TAIL: tl.constexpr):
         total = tl.where(total == 0, 1.0, total)
         return lp - tl.log(total), p / total
     p = accurate_exp(lp)
-    if TAIL == BUCKET:
+    if TAIL == "bucket":
         top = tl.max(lp, axis=0)
         # The first of the largest: a tie is counted once.
         hot = tl.min(tl.where(lp == top, lane, k), axis=0)
@@ -121,7 +83,7 @@ def teacher_outcomes(lp, s, lane, k, full, resolution, TAIL: tl.constexpr):
 @triton.jit
 def forward_terms(s, t, p_s, p_t, r, TAIL: tl.constexpr):
     term = p_t * r
-    if TAIL != IGNORE:
+    if TAIL != "ignore":
         term = tl.where(tl.abs(r) <= 0.5, p_t * exp_excess(r), term - p_t + p_s)
     return tl.where((s == float("-inf")) & (t > float("-inf")), float("inf"), term), -p_t
 
@@ -130,7 +92,7 @@ def forward_terms(s, t, p_s, p_t, r, TAIL: tl.constexpr):
 def reverse_terms(s, t, p_s, p_t, r, TAIL: tl.constexpr):
     term = -p_s * r
     h = term
-    if TAIL == IGNORE:
+    if TAIL == "ignore":
         h += p_s
     else:
         term = tl.where(tl.abs(r) <= 0.5, p_s * exp_excess(-r), term - p_s + p_t)
@@ -143,7 +105,7 @@ def divergence_terms(
     s, t, p_s, p_t, beta, FORWARD: tl.constexpr, REVERSE: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
     """(terms, h) of the table above. FORWARD and REVERSE: beta chooses, 0 or 1 (else NaN); neither: 0 < beta < 1."""
-    r = tl.maximum(t, LOWEST) - tl.maximum(s, LOWEST)
+    r = tl.maximum(t, LOWEST) - tl.maximum(s, LOWEST)  # two impossible outcomes differ by 0
     if FORWARD and REVERSE:
         term, h = forward_terms(s, t, p_s, p_t, r, TAIL)
         other, other_h = reverse_terms(s, t, p_s, p_t, r, TAIL)

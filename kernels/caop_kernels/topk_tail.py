@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from caop_kernels.launch import CHUNK, backend_of, compute_type, current_device, is_aligned, statistics_launch
+from caop_kernels.masked_rows import live_row
 from caop_kernels.state import EXCLUDED, FLOOR
 from caop_kernels.tile import load_logits, tile_columns
 
@@ -76,10 +77,7 @@ def tail_kernel(
     chunk = tl.program_id(1)
     scale = tl.full((), scale, COMPUTE)
     inverse_cap = tl.full((), inverse_cap, COMPUTE)
-    live = True
-    if weights_ptr is not None:
-        live = tl.load(weights_ptr + row) != 0
-    if live:
+    if live_row(weights_ptr, row):
         student = student_ptr + row * student_stride
         sorted_ids = sorted_ids_ptr + row * k
         begin = chunk * CHUNK

@@ -19,9 +19,9 @@ from caop_kernels.bins import (
     soft_gradient_kernel,
     tile,
 )
-from caop_kernels.checks import CONFIDENCE_KINDS
 from caop_kernels.confidence import candidate_warps, confidence_kernel
 from caop_kernels.confidence_gradient import candidate_gradient_kernel, column_gradient_kernel
+from caop_kernels.constants import CONFIDENCE_KINDS
 from caop_kernels.launch import RowLaunch, gradient_launch, statistics_launch
 
 BACKENDS = ("cuda", "hip")

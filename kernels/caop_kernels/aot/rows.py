@@ -10,6 +10,7 @@ import triton.language as tl
 
 from caop_kernels.aot.variant import ITEMSIZE, Variant, argument_types
 from caop_kernels.chunk_state import chunk_state_kernel, statistics_flags
+from caop_kernels.constants import STATISTICS, STUDENT_STATISTICS
 from caop_kernels.gradient import coefficients_kernel, gradient_kernel
 from caop_kernels.launch import (
     MERGE_ROWS,
@@ -21,8 +22,8 @@ from caop_kernels.launch import (
     statistics_launch,
 )
 from caop_kernels.mixture import finish_mixture_kernel, mixture_kernel
-from caop_kernels.row_stats import STATISTICS, STUDENT_STATISTICS, finish_kernel
-from caop_kernels.state import STATE_FIELDS
+from caop_kernels.row_stats import finish_kernel
+from caop_kernels.state import CHUNK_STATE_FIELDS
 
 BACKENDS = ("cuda", "hip")
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
@@ -161,7 +162,7 @@ def _states(
         **statistics_flags(asked),
         "SOFTCAP_S": softcap,
         "SOFTCAP_T": softcap and teacher is not None,
-        "FIELDS": STATE_FIELDS,
+        "FIELDS": CHUNK_STATE_FIELDS,
         **({} if teacher else {"teacher_ptr": None}),
     }
     name = _name("statistics", student, teacher, aligned, softcap, suffix)
@@ -265,7 +266,7 @@ def _finish(dtype: str, *, labels: bool, softcap: bool, teacher: bool = True) ->
             "FORWARD": teacher,
             "REVERSE": teacher,
             "COMPUTE": tl.float64 if double else tl.float32,
-            "FIELDS": STATE_FIELDS,
+            "FIELDS": CHUNK_STATE_FIELDS,
             **dict.fromkeys(absent),
         },
         divisible=(*pointers, "student_stride", "teacher_stride", "n_cols"),

@@ -9,10 +9,10 @@ from typing import Any
 import triton.language as tl
 
 from caop_kernels.aot.variant import ITEMSIZE, Variant, argument_types
+from caop_kernels.constants import TAILS
 from caop_kernels.launch import ELEMENTS, statistics_launch
 from caop_kernels.topk import finish_warps, topk_finish_kernel
 from caop_kernels.topk_gradient import listed_gradient_kernel, scatter_kernel
-from caop_kernels.topk_outcomes import TAILS
 from caop_kernels.topk_tail import TAIL_FIELDS, lanes, tail_kernel
 
 BACKENDS = ("cuda", "hip")
@@ -78,7 +78,7 @@ def _listed(
     types = argument_types(kernel, special, double=double)
     constants = {
         "K_BLOCK": lanes(k),
-        "TAIL": TAILS[tail],
+        "TAIL": tail,
         "SOFTCAP": softcap,
         "COMPUTE": tl.float64 if double else tl.float32,
         **DIVERGENCES[divergence],

@@ -1,7 +1,7 @@
 """States of vocabulary shards: made from a part of the columns, merged by any device, finished into statistics.
 
-    row_state      logits of a shard           -> state [SHARD_FIELDS, N]
-    merge_states   states [S, SHARD_FIELDS, N] -> state [SHARD_FIELDS, N]
+    row_state      logits of a shard           -> state [STATE_FIELDS, N]
+    merge_states   states [S, STATE_FIELDS, N] -> state [STATE_FIELDS, N]
     finish_state   state                       -> RowStatistics
 
 `state.py` has the layout and the arithmetic. Merging is associative up to rounding; states merge in the order given.
@@ -15,11 +15,12 @@ import triton.language as tl
 
 from caop_kernels.backend import require
 from caop_kernels.checks import check_labels, check_logits, check_positive
-from caop_kernels.chunk_state import chunk_states, scalars
-from caop_kernels.elementary import tanh
-from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps
-from caop_kernels.row_stats import SAVED_FIELDS, STATISTICS, RowStatistics, finish_kernel
-from caop_kernels.state import ABSENT, LABEL_FIELD, SHARD_FIELDS, empty_state, load_state, merge, store_state
+from caop_kernels.chunk_state import chunk_states
+from caop_kernels.constants import SAVED_FIELDS, STATE_FIELDS, STATISTICS
+from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps, scalings
+from caop_kernels.row_stats import RowStatistics, finish_kernel
+from caop_kernels.state import ABSENT, LABEL_FIELD, empty_state, load_state, merge, store_state
+from caop_kernels.tile import gather_logits
 
 
 @triton.jit
@@ -33,16 +34,14 @@ def join_labels(y, m, other_y, other_m, new_m):
 @triton.jit
 def label_exponent(pointer, label, valid, m, scale, inverse_cap, SOFTCAP: tl.constexpr):
     """u of the label, and ABSENT where it is not among the columns (nothing is read then)."""
-    v = tl.load(pointer + label, mask=valid, other=0.0).to(m.dtype)
-    if SOFTCAP:
-        v = tanh(v * inverse_cap)
+    v = gather_logits(pointer, label, valid, inverse_cap, SOFTCAP, m.dtype)
     return tl.where(valid, tl.fma(v, tl.zeros_like(v) + scale, -m), ABSENT)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_states"])
 def merge_states_kernel(
     states_ptr,  # [n_states, FIELDS, n_rows]
-    out_ptr,  # [SHARD_FIELDS, n_rows]
+    out_ptr,  # [STATE_FIELDS, n_rows]
     student_ptr,  # logits that the states were made of, None where the states hold the label's exponent
     teacher_ptr,
     labels_ptr,  # [n_rows] int64, or None
@@ -72,7 +71,7 @@ def merge_states_kernel(
         pointer = states_ptr + i * (FIELDS * n_rows) + rows
         other = load_state(pointer, n_rows, mask)
         union = merge(state, other)
-        if FIELDS == SHARD_FIELDS:
+        if FIELDS > LABEL_FIELD:
             other_y_s = tl.load(pointer + LABEL_FIELD * n_rows, mask=mask, other=1.0)
             other_y_t = tl.load(pointer + (LABEL_FIELD + 1) * n_rows, mask=mask, other=1.0)
             y_s = join_labels(y_s, state.m_s, other_y_s, other.m_s, union.m_s)
@@ -105,7 +104,7 @@ def _merge(
     temperature: float = 1.0,
 ) -> torch.Tensor:
     n_states, fields, n_rows = states.shape
-    out = states.new_empty((SHARD_FIELDS.value, n_rows))
+    out = states.new_empty((STATE_FIELDS, n_rows))
     if n_rows == 0:
         return out
     with current_device(states.device):
@@ -120,7 +119,7 @@ def _merge(
             n_rows,
             n_states,
             n_cols,
-            **scalars(temperature, student_softcap, teacher_softcap),
+            **scalings(temperature, student_softcap, teacher_softcap),
             ROWS=MERGE_ROWS,
             SOFTCAP_S=student_softcap is not None,
             SOFTCAP_T=teacher_softcap is not None,
@@ -141,7 +140,7 @@ def row_state(
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
 ) -> torch.Tensor:
-    """The state [SHARD_FIELDS, N] of a shard's logits [N, V_s] and [N, V_t]; arguments as in `row_statistics`.
+    """The state [STATE_FIELDS, N] of a shard's logits [N, V_s] and [N, V_t]; arguments as in `row_statistics`.
 
     labels: [N] int64 relative to the shard's first column; a label that is not among its columns is another shard's.
     """
@@ -155,20 +154,20 @@ def row_state(
     dtype = torch.float64 if double else torch.float32
     options = {"temperature": temperature, "student_softcap": student_softcap, "teacher_softcap": teacher_softcap}
     if n_rows == 0:
-        return student_logits.new_empty((SHARD_FIELDS.value, 0), dtype=dtype)
+        return student_logits.new_empty((STATE_FIELDS, 0), dtype=dtype)
     states = chunk_states(student_logits, teacher_logits, n_cols=n_cols, dtype=dtype, asked=STATISTICS, **options)
     labels = None if labels is None else labels.contiguous()
     return _merge(states, student_logits, teacher_logits, labels, n_cols, **options)
 
 
 def merge_states(states: torch.Tensor) -> torch.Tensor:
-    """The state [SHARD_FIELDS, N] of all columns, from those of disjoint shards, [S, SHARD_FIELDS, N]."""
+    """The state [STATE_FIELDS, N] of all columns, from those of disjoint shards, [S, STATE_FIELDS, N]."""
     require(states.device)
     return _merge(states.contiguous(), None, None, None, 0)
 
 
 def finish_state(state: torch.Tensor, labels: torch.Tensor | None = None) -> RowStatistics:
-    """The statistics of a state [SHARD_FIELDS, N], and the saved_statistics that its gradient needs.
+    """The statistics of a state [STATE_FIELDS, N], and the saved_statistics that its gradient needs.
 
     labels: [N] int64: log-probabilities are 0 where they are -100 and NaN where no shard held the label; None for none.
     """
@@ -196,7 +195,7 @@ def finish_state(state: torch.Tensor, labels: torch.Tensor | None = None) -> Row
             n_rows,
             1,
             0,
-            **scalars(1.0, None, None),
+            **scalings(1.0, None, None),
             ROWS=MERGE_ROWS,
             SOFTCAP_S=False,
             SOFTCAP_T=False,
@@ -204,7 +203,7 @@ def finish_state(state: torch.Tensor, labels: torch.Tensor | None = None) -> Row
             FORWARD=True,
             REVERSE=True,
             COMPUTE=compute_type(state.dtype),
-            FIELDS=SHARD_FIELDS.value,
+            FIELDS=STATE_FIELDS,
             num_warps=merge_warps(backend_of(state.device)),
         )
     return RowStatistics(**outputs)

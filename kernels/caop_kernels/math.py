@@ -1,0 +1,121 @@
+"""Elementwise mathematics in plain Triton: the interpreter has neither libdevice nor inline assembly."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from caop_kernels import constants
+
+LN2 = tl.constexpr(math.log(2.0))
+LOG2E = tl.constexpr(constants.LOG2E)
+# ln 2 in two parts; the first has ten bits, so its product with an integer exponent is exact.
+LN2_HIGH = tl.constexpr(0.693359375)
+LN2_LOW = tl.constexpr(-2.121944400546905827679e-4)
+# (-1)^n / n! from n = 2 on
+EXCESS_TERMS = tl.constexpr(tuple((-1) ** n / math.factorial(n) for n in range(2, 18)))
+
+# tanh(y) = y + y^3 P(y^2) on |y| <= 0.625: minimax fit of the relative error (4.5e-9 before rounding). Outside,
+# 1 - 2 / (e^2y + 1) loses nothing.
+TANH_0 = tl.constexpr(-0.33333281184701896)
+TANH_1 = tl.constexpr(0.13331420373451003)
+TANH_2 = tl.constexpr(-0.053737797382222056)
+TANH_3 = tl.constexpr(0.0206325442560751)
+TANH_4 = tl.constexpr(-0.005697381733819217)
+
+
+@triton.jit
+def tanh(y):
+    """Hyperbolic tangent to about an ulp; written out because the interpreter has no libdevice."""
+    magnitude = tl.abs(y)
+    # Beyond 30 the exponential only risks overflow; tanh is 1 to the last bit in both precisions.
+    exponential = tl.exp2(tl.minimum(magnitude, 30.0) * (2.0 / LN2))
+    large = 1.0 - 2.0 / (exponential + 1.0)
+    large = tl.where(y < 0, -large, large)
+    if y.dtype == tl.float64:
+        result = large
+    else:
+        y2 = y * y
+        p = y2 * TANH_4 + TANH_3
+        p = y2 * p + TANH_2
+        p = y2 * p + TANH_1
+        p = y2 * p + TANH_0
+        result = tl.where(magnitude <= 0.625, y + y * y2 * p, large)
+    # minimum() may drop a NaN: a NaN logit has to reach the sums.
+    return tl.where(y != y, y, result)
+
+
+@triton.jit
+def log1p(y):
+    """log(1 + y) for |y| <= 1/2: the rounding error of 1 + y is divided out again (Kahan)."""
+    w = 1.0 + y
+    exact = w == 1.0
+    return tl.where(exact, y, tl.log(w) * y / tl.where(exact, 1.0, w - 1.0))
+
+
+@triton.jit
+def excess_series(x):
+    """e^-x - 1 + x for |x| <= 1/2 to full relative precision: x^2 (1/2! - x/3! + x^2/4! - ...)."""
+    TERMS: tl.constexpr = 16 if x.dtype == tl.float64 else 9
+    series = tl.zeros_like(x) + EXCESS_TERMS[TERMS - 1]
+    for i in tl.static_range(1, TERMS):
+        series = series * x + EXCESS_TERMS[TERMS - 1 - i]
+    return x * x * series
+
+
+@triton.jit
+def exp_excess(x):
+    """e^-x - 1 + x to full relative precision."""
+    near = excess_series(tl.minimum(tl.maximum(x, -0.5), 0.5))
+    return tl.where(tl.abs(x) <= 0.5, near, tl.exp(-x) - 1.0 + x)
+
+
+@triton.jit
+def reduced_exp(x):
+    """(2^n, e^f - 1) with x = n ln 2 + f and |f| <= ln 2 / 2, each to about an ulp for x <= 88."""
+    x = tl.where(x < -1000.0, -1000.0, x)  # e^x is 0; NaN stays
+    n = tl.floor(x * LOG2E + 0.5)
+    f = (x - n * LN2_HIGH) - n * LN2_LOW
+    return tl.exp2(n), f + excess_series(-f)
+
+
+@triton.jit
+def accurate_exp(x):
+    """e^x to about an ulp for x <= 88: `tl.exp` rounds x log2(e), which costs |x| ulp."""
+    power, rest = reduced_exp(x)
+    return power + power * rest
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 to about an ulp for x <= 88."""
+    power, rest = reduced_exp(x)
+    return power * rest + (power - 1.0)
+
+
+@triton.jit
+def log2_below_one(y, FAST: tl.constexpr):
+    """log2(y) for 0 < y <= 1. FAST takes the special-function unit itself: within 2^-22 for y >= 1/2 (CUDA's bound).
+
+    `tl.log2` guards it against subnormal numbers, at some 25 instructions; a mixture's g is never below beta.
+    """
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(y)
+
+
+@triton.jit
+def clip(x, low, high):
+    """x within [low, high]; NaN stays NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def chain(grad, slope):
+    """The chain rule's grad * slope, and 0 where the upstream gradient is 0, though the slope be infinite or NaN."""
+    return tl.where(grad == 0, 0.0, grad * slope)
