@@ -192,7 +192,7 @@ def candidate_gradient_kernel(
             tl.store(out + slots, tl.zeros([CANDIDATES], out.dtype.element_ty), mask=real)
 
 
-def confidence_gradient(
+def confidence_scores_gradient(
     source: torch.Tensor,
     candidate_ids: torch.Tensor | None,
     candidate_values: torch.Tensor,

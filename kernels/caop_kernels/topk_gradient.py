@@ -143,7 +143,7 @@ def scatter_kernel(
         tl.store(out_ptr + row * out_stride + ids, narrow(values, out_ptr.dtype.element_ty), mask=valid)
 
 
-def topk_gradient(
+def topk_statistics_gradient(
     student_logits: torch.Tensor,
     teacher_ids: torch.Tensor,
     teacher_logprobs: torch.Tensor,

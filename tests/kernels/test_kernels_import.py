@@ -78,3 +78,14 @@ def test_nothing_of_caop_fast_is_imported_anywhere():
 def test_the_folder_kernels_is_no_package():
     """A regular package called `kernels` would shadow the one that transformers probes for."""
     assert not (PACKAGE.parent / "__init__.py").exists()
+
+
+def test_every_launcher_is_exported():
+    pytest.importorskip("triton")
+    out = python(
+        "import caop_kernels\n"
+        "for name in caop_kernels.__all__: print(name, getattr(getattr(caop_kernels, name), '__name__', name))"
+    )
+    names = [line.split() for line in out.splitlines()]
+    assert len(names) >= 20
+    assert [pair for pair in names if pair[0] != pair[1]] == []
