@@ -5,8 +5,8 @@ so a row's bits do not depend on which kernel happened to win a race. Tiles are 
 owns `groups * vector` = 8 columns of a tile and its own online state, so the loop needs no shuffle and no barrier.
 
 The architecture enters through the vendor's warp width only: 256 threads are 8 warps of 32 on NVIDIA (sm_80 to sm_120)
-and 4 wavefronts of 64 on AMD CDNA (gfx942). The compiler schedules the same tile differently for each; `inspect` shows
-the result.
+and 4 wavefronts of 64 on AMD CDNA (gfx942). The compiler schedules the same tile differently for each;
+`python -m tools.kernel_resources` shows the result.
 """
 
 from __future__ import annotations

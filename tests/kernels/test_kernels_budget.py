@@ -1,7 +1,7 @@
 """Every kernel variant compiles for every target, within the resources recorded in `budget.json`.
 
 The compiles run in a process of their own, without a GPU. After a deliberate change record the new figures with
-`python -m caop_kernels.inspect --target sm_80 sm_90 --json > tests/kernels/budget.json` and say why in the commit.
+`python -m tools.kernel_resources --target sm_80 sm_90 --json > tests/kernels/budget.json` and say why in the commit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: the kern
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Triton 3.4 links AMD code with the ROCm installation's own linker; later wheels bring one.
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", *(("gfx942",) if RELEASE >= (3, 6) else ()))
+ROOT = Path(__file__).parents[2]
 BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text())
 
 pytestmark = pytest.mark.slow
@@ -27,8 +28,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, dict]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "caop_kernels.inspect", "--json", "--target", *TARGETS]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tools.kernel_resources", "--json", "--target", *TARGETS]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)["targets"]
 
@@ -95,12 +96,14 @@ def test_the_main_variants_are_lean(name, target):
 
 def test_the_table_for_readers(measured):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "caop_kernels.inspect", "--target", "sm_90", "--variant", "bf16-aligned-lse"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "tools.kernel_resources", "--target", "sm_90", "--variant", "bf16-aligned-lse"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     header, line = run.stdout.splitlines()
     assert header.split()[:3] == ["target", "variant", "registers"]
     registers = measured["sm_90"]["statistics-bf16-aligned-lse"]["registers"]
     assert line.split()[:3] == ["sm_90", "statistics-bf16-aligned-lse", str(registers)]
-    refused = subprocess.run(command, env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    refused = subprocess.run(
+        command, cwd=ROOT, env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert refused.returncode == 1
     assert "TRITON_INTERPRET" in refused.stderr

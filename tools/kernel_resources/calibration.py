@@ -8,7 +8,6 @@ from typing import Any
 
 import triton.language as tl
 
-from caop_kernels.aot.variant import ITEMSIZE, Variant, argument_types
 from caop_kernels.bins import (
     BIN_FIELDS,
     RUN,
@@ -23,6 +22,7 @@ from caop_kernels.confidence import candidate_warps, confidence_kernel
 from caop_kernels.confidence_gradient import candidate_gradient_kernel, column_gradient_kernel
 from caop_kernels.constants import CONFIDENCE_KINDS
 from caop_kernels.launch import RowLaunch, gradient_launch, statistics_launch
+from tools.kernel_resources.variant import ITEMSIZE, Variant, argument_types
 
 BACKENDS = ("cuda", "hip")
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
@@ -103,7 +103,7 @@ def _scores(
         b: statistics_launch(b, ITEMSIZE[dtype], aligned=aligned, softcap=softcap, double=double) for b in BACKENDS
     }
     config = launch["cuda"]
-    constants = {name: value for name, value in config.constants().items() if name != "CHUNK"}
+    constants: dict[str, Any] = {n: value for n, value in config.constants().items() if n != "CHUNK"}
     constants |= {"KIND": kind, "CANDIDATES": candidates, "SOFTCAP": softcap}
     if not logits:
         constants |= {"ids_ptr": None, "saved_statistics_ptr": None}
@@ -135,7 +135,7 @@ def _columns(dtype: str, *, aligned: bool, softcap: bool) -> Variant:
 
 
 def _candidates(dtype: str, *, kind: str = KIND, candidates: int = CANDIDATES, logits: bool = True) -> Variant:
-    constants = {"KIND": kind, "CANDIDATES": candidates, "SOFTCAP": False}
+    constants: dict[str, Any] = {"KIND": kind, "CANDIDATES": candidates, "SOFTCAP": False}
     if not logits:
         constants |= {"ids_ptr": None, "saved_statistics_ptr": None}
     return _variant(
@@ -151,7 +151,7 @@ def _bins(dtype: str) -> Iterator[Variant]:
     rows = {"confidence_ptr": f"*{dtype}", "correct_ptr": f"*{dtype}"}
     four, few = dict.fromkeys(BACKENDS, 4), dict.fromkeys(BACKENDS, 1)
     hard = {**rows, "edges_ptr": "*fp64", "partial_ptr": "*fp64"}
-    constants = {"RUN": RUN, "FIELDS": BIN_FIELDS, **tile(10, whole=False)}
+    constants: dict[str, Any] = {"RUN": RUN, "FIELDS": BIN_FIELDS, **tile(10, whole=False)}
     yield _variant(f"bins-{dtype}", bin_kernel, dtype, constants, four, special=hard)
     for n_bins in (10, 1024):
         shape = tile(n_bins, whole=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import triton.language as tl
 
-from caop_kernels.aot.variant import ITEMSIZE, Variant, argument_types
 from caop_kernels.chunk_state import chunk_state_kernel, statistics_flags
 from caop_kernels.constants import STATISTICS, STUDENT_STATISTICS
 from caop_kernels.gradient import coefficients_kernel, gradient_kernel
@@ -24,6 +23,7 @@ from caop_kernels.launch import (
 from caop_kernels.mixture import finish_mixture_kernel, mixture_kernel
 from caop_kernels.row_stats import finish_kernel
 from caop_kernels.state import CHUNK_STATE_FIELDS
+from tools.kernel_resources.variant import ITEMSIZE, Variant, argument_types
 
 BACKENDS = ("cuda", "hip")
 DTYPES = ("bf16", "fp16", "fp32", "fp64")

@@ -1,4 +1,4 @@
-"""Print what the compiler makes of each kernel variant: `python -m caop_kernels.inspect [--target sm_90 ...]`.
+"""Print what the compiler makes of each kernel variant: `python -m tools.kernel_resources [--target sm_90 ...]`.
 
 Needs Triton and no GPU. With --json the same figures, in the form of the budget that the tests hold the kernels to.
 """
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from caop_kernels.backend import missing_triton
 
 if TYPE_CHECKING:
-    from caop_kernels.aot.listing import Resources
-    from caop_kernels.aot.variant import Variant
+    from tools.kernel_resources.listing import Resources
+    from tools.kernel_resources.variant import Variant
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         print("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled; unset it", file=sys.stderr)
         return 1
-    from caop_kernels.aot.catalogue import variants
-    from caop_kernels.aot.compile import TARGETS, survey
+    from tools.kernel_resources.catalogue import variants
+    from tools.kernel_resources.compile import TARGETS, survey
 
-    parser = argparse.ArgumentParser(prog="python -m caop_kernels.inspect", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel_resources", description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=["sm_80", "sm_90"])
     parser.add_argument("--variant", default="", help="only variants whose name contains this")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")

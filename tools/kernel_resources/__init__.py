@@ -1,4 +1,6 @@
-"""Ahead-of-time compiles of every kernel variant, and what the compiler made of them. Needs no GPU.
+"""What the compiler makes of every kernel variant, by ahead-of-time compiles. Needs Triton and no GPU.
+
+    python -m tools.kernel_resources --target sm_90 gfx942
 
 For NVIDIA targets the machine code is read back with the cuobjdump that the Triton wheel carries; for AMD the listing
 the compiler itself prints is read. `Resources` holds registers, spills, load widths and the instruction count of the
@@ -7,9 +9,3 @@ main loop, so a test can hold the kernels to a recorded budget and a reader can 
     variant.py    what a variant is         rows.py, ...   the variants of each kernel family
     catalogue.py  all of them by name       compile.py     compiling        listing.py   reading machine code
 """
-
-from __future__ import annotations
-
-from caop_kernels.aot.variant import Variant
-
-__all__ = ["Variant"]

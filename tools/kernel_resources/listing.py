@@ -11,7 +11,7 @@ from typing import Any
 
 import triton
 
-from caop_kernels.aot.variant import Variant
+from tools.kernel_resources.variant import Variant
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from typing import Any
 
 import triton.language as tl
 
-from caop_kernels.aot.variant import ITEMSIZE, Variant, argument_types
 from caop_kernels.constants import TAILS
 from caop_kernels.launch import ELEMENTS, statistics_launch
 from caop_kernels.topk import finish_warps, topk_finish_kernel
 from caop_kernels.topk_gradient import listed_gradient_kernel, scatter_kernel
 from caop_kernels.topk_tail import TAIL_FIELDS, lanes, tail_kernel
+from tools.kernel_resources.variant import ITEMSIZE, Variant, argument_types
 
 BACKENDS = ("cuda", "hip")
 LISTED = 64  # k of the variants whose name does not say it
 CHUNK_BLOCK = 16  # V = 151936
-DIVERGENCES = {
+DIVERGENCES: dict[str, dict[str, Any]] = {
     "forward": {"FORWARD": True, "REVERSE": False, "beta_ptr": None},
     "reverse": {"FORWARD": False, "REVERSE": True, "beta_ptr": None},
     "interior": {"FORWARD": False, "REVERSE": False, "beta_ptr": None},
@@ -76,7 +76,7 @@ def _listed(
     double = dtype == "fp64"
     special = {"student_ptr": f"*{dtype}", "ids_ptr": "*i64", "labels_ptr": "*i64"}
     types = argument_types(kernel, special, double=double)
-    constants = {
+    constants: dict[str, Any] = {
         "K_BLOCK": lanes(k),
         "TAIL": tail,
         "SOFTCAP": softcap,

@@ -15,9 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from caop_kernels.aot.catalogue import find
-from caop_kernels.aot.listing import Resources, read_listing
-from caop_kernels.aot.variant import Variant
+from tools.kernel_resources.catalogue import find
+from tools.kernel_resources.listing import Resources, read_listing
+from tools.kernel_resources.variant import Variant
 
 TARGETS: Mapping[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
-from caop_kernels.aot import calibration, rows, topk
-from caop_kernels.aot.variant import Variant
+from tools.kernel_resources import calibration, rows, topk
+from tools.kernel_resources.variant import Variant
 
 
 def variants() -> Iterator[Variant]:
