@@ -8,6 +8,7 @@ depend on that row, its strides and its alignment.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,7 +26,7 @@ from caop_kernels.launch import (
 )
 from caop_kernels.masked_rows import live_row
 from caop_kernels.state import CHUNK_STATE_FIELDS, EXCLUDED, RowState, empty_state, join_threads, rebase, store_state
-from caop_kernels.tile import load_logits, tile_columns
+from caop_kernels.tile import Tile, by_thread, exponents, load_logits, row_logits, thread_max, thread_sum, tile_columns
 from caop_kernels.tuning import chosen
 
 # x of an excluded column is +-2^100; times this it overflows, while sums of ordinary x stay far from it.
@@ -33,52 +34,58 @@ SUPPORT_SCALE_32 = tl.constexpr(2.0**64)
 SUPPORT_SCALE_64 = tl.constexpr(2.0**960)
 
 
+class Asked(NamedTuple):
+    """What is there to compute: compile-time values of device code."""
+
+    softcap_s: tl.constexpr
+    softcap_t: tl.constexpr
+    teacher: tl.constexpr
+    difference: tl.constexpr
+    forward: tl.constexpr
+    reverse: tl.constexpr
+    entropy_s: tl.constexpr
+    entropy_t: tl.constexpr
+
+
 @triton.jit
 def accumulate(
-    state, student, teacher, columns, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
-    GROUPS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr,
-    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, TEACHER: tl.constexpr, DIFFERENCE: tl.constexpr,
-    FORWARD: tl.constexpr, REVERSE: tl.constexpr, ENTROPY_S: tl.constexpr, ENTROPY_T: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    state, student, teacher, columns, n_cols, TILE: tl.constexpr, ASKED: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """Add one tile of columns [groups, threads * vector] to the states [threads], one per thread."""
-    # Groups before vector: both reductions stay inside a thread.
-    v_s = load_logits(student, columns, n_cols, inverse_cap_s, MASKED, SOFTCAP_S, COMPUTE)
-    v_s = tl.reshape(v_s, [GROUPS, THREADS, VECTOR])
-    m_s = tl.maximum(state.m_s, tl.max(tl.max(v_s, axis=2), axis=0) * scale_s)
+    v_s = by_thread(load_logits(student, columns, n_cols, MASKED, ASKED.softcap_s), TILE)
+    m_s = tl.maximum(state.m_s, thread_max(v_s) * student.scale)
     m_t = state.m_t
-    if TEACHER:
-        v_t = load_logits(teacher, columns, n_cols, inverse_cap_t, MASKED, SOFTCAP_T, COMPUTE)
-        v_t = tl.reshape(v_t, [GROUPS, THREADS, VECTOR])
-        m_t = tl.maximum(state.m_t, tl.max(tl.max(v_t, axis=2), axis=0) * scale_t)
+    if ASKED.teacher:
+        v_t = by_thread(load_logits(teacher, columns, n_cols, MASKED, ASKED.softcap_t), TILE)
+        m_t = tl.maximum(state.m_t, thread_max(v_t) * teacher.scale)
     _, _, z_s, z_t, d, a_s, a_t, c_t, c_s, s = rebase(state, m_s, m_t)
 
     # Exponentials before the clamp: 2^-inf is 0, and NaN gets through (maximum may drop it).
-    u_s = tl.fma(v_s, tl.zeros_like(v_s) + scale_s, tl.zeros_like(v_s) - m_s[None, :, None])
+    u_s = exponents(v_s, student.scale, m_s[None, :, None])
     e_s = tl.exp2(u_s)
-    z_s += tl.sum(tl.sum(e_s, axis=2), axis=0)
+    z_s += thread_sum(e_s)
     u_s = tl.maximum(u_s, EXCLUDED)
-    if ENTROPY_S:
-        a_s += tl.sum(tl.sum(e_s * u_s, axis=2), axis=0)
-    if TEACHER:
-        u_t = tl.fma(v_t, tl.zeros_like(v_t) + scale_t, tl.zeros_like(v_t) - m_t[None, :, None])
+    if ASKED.entropy_s:
+        a_s += thread_sum(e_s * u_s)
+    if ASKED.teacher:
+        u_t = exponents(v_t, teacher.scale, m_t[None, :, None])
         e_t = tl.exp2(u_t)
-        z_t += tl.sum(tl.sum(e_t, axis=2), axis=0)
+        z_t += thread_sum(e_t)
         u_t = tl.maximum(u_t, EXCLUDED)
-        if ENTROPY_T:
-            a_t += tl.sum(tl.sum(e_t * u_t, axis=2), axis=0)
+        if ASKED.entropy_t:
+            a_t += thread_sum(e_t * u_t)
         x = u_t - u_s
-        if FORWARD or REVERSE:
+        if ASKED.forward or ASKED.reverse:
             if x.dtype == tl.float64:
-                s += tl.sum(tl.sum(x * SUPPORT_SCALE_64, axis=2), axis=0)
+                s += thread_sum(x * SUPPORT_SCALE_64)
             else:
-                s += tl.sum(tl.sum(x * SUPPORT_SCALE_32, axis=2), axis=0)
-        if FORWARD:
-            c_t += tl.sum(tl.sum(e_t * x, axis=2), axis=0)
-        if REVERSE:
-            c_s += tl.sum(tl.sum(e_s * x, axis=2), axis=0)
-        if DIFFERENCE:
-            d += tl.sum(tl.sum(e_s - e_t, axis=2), axis=0)
+                s += thread_sum(x * SUPPORT_SCALE_32)
+        if ASKED.forward:
+            c_t += thread_sum(e_t * x)
+        if ASKED.reverse:
+            c_s += thread_sum(e_s * x)
+        if ASKED.difference:
+            d += thread_sum(e_s - e_t)
     return RowState(m_s, m_t, z_s, z_t, d, a_s, a_t, c_t, c_s, s)
 
 
@@ -112,38 +119,28 @@ def chunk_state_kernel(
     FIELDS: tl.constexpr,
 ):
     """Program (row, chunk): reduce one chunk of columns of one row to a state."""
-    TILE: tl.constexpr = GROUPS * THREADS * VECTOR
-    TEACHER: tl.constexpr = teacher_ptr is not None
+    TILE: tl.constexpr = Tile(GROUPS, THREADS, VECTOR)
+    COLUMNS: tl.constexpr = GROUPS * THREADS * VECTOR
+    ASKED: tl.constexpr = Asked(
+        SOFTCAP_S, SOFTCAP_T, teacher_ptr is not None, DIFFERENCE, FORWARD, REVERSE, ENTROPY_S, ENTROPY_T
+    )
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    scale_s = tl.full((), scale_s, COMPUTE)
-    scale_t = tl.full((), scale_t, COMPUTE)
-    inverse_cap_s = tl.full((), inverse_cap_s, COMPUTE)
-    inverse_cap_t = tl.full((), inverse_cap_t, COMPUTE)
     if live_row(weights_ptr, row):
-        student = student_ptr + row * student_stride
-        if TEACHER:
-            teacher = teacher_ptr + row * teacher_stride
+        student = row_logits(student_ptr + row * student_stride, scale_s, inverse_cap_s, COMPUTE)
+        if teacher_ptr is not None:
+            teacher = row_logits(teacher_ptr + row * teacher_stride, scale_t, inverse_cap_t, COMPUTE)
         else:
             teacher = student  # not read
         state = empty_state(tl.zeros([THREADS], COMPUTE))
         begin = chunk * CHUNK
-        offsets = begin + tile_columns(GROUPS, THREADS * VECTOR)
+        offsets = begin + tile_columns(TILE)
         width = tl.minimum(n_cols - begin, CHUNK)
-        whole = width // TILE * TILE
-        for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
-            state = accumulate(
-                state, student, teacher, start + offsets, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
-                GROUPS, THREADS, VECTOR, False, SOFTCAP_S, SOFTCAP_T, TEACHER, DIFFERENCE, FORWARD, REVERSE, ENTROPY_S,
-                ENTROPY_T, COMPUTE,
-            )  # fmt: skip
+        whole = width // COLUMNS * COLUMNS
+        for start in tl.range(0, whole, COLUMNS, loop_unroll_factor=UNROLL):
+            state = accumulate(state, student, teacher, start + offsets, n_cols, TILE, ASKED, False)
         if whole < width:
-            state = accumulate(
-                state, student, teacher, whole + offsets, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
-                GROUPS, THREADS, VECTOR, True, SOFTCAP_S, SOFTCAP_T, TEACHER, DIFFERENCE, FORWARD, REVERSE, ENTROPY_S,
-                ENTROPY_T, COMPUTE,
-            )  # fmt: skip
-
+            state = accumulate(state, student, teacher, whole + offsets, n_cols, TILE, ASKED, True)
         pointer = states_ptr + chunk.to(tl.int64) * FIELDS * n_rows + row
         store_state(pointer, n_rows, None, join_threads(state))
 

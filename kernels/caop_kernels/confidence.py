@@ -41,7 +41,16 @@ from caop_kernels.launch import backend_of, compute_type, current_device, is_ali
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2, chain, clip, expm1
 from caop_kernels.state import FLOOR
-from caop_kernels.tile import gather_logits, load_logits, tile_columns
+from caop_kernels.tile import (
+    Tile,
+    by_thread,
+    gather_logits,
+    load_logits,
+    row_logits,
+    thread_max,
+    thread_sum,
+    tile_columns,
+)
 
 
 class ConfidenceScores(NamedTuple):
@@ -57,11 +66,11 @@ class ConfidenceScores(NamedTuple):
 
 
 @triton.jit
-def candidate_logits(row, ids_ptr, slots, real, n_cols, inverse_cap, SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr):
+def candidate_logits(logits, ids_ptr, slots, real, n_cols, SOFTCAP: tl.constexpr):
     """(ids, which may be written, logits through tanh(z / cap)) of the candidates; NaN for ids outside [0, n_cols)."""
     ids = tl.load(ids_ptr + slots, mask=real, other=0)
     valid = real & (ids >= 0) & (ids < n_cols)
-    v = gather_logits(row, ids, valid, inverse_cap, SOFTCAP, COMPUTE)
+    v = gather_logits(logits, ids, valid, SOFTCAP)
     return ids, valid, tl.where(valid, v, float("nan"))
 
 
@@ -155,18 +164,13 @@ def inside_slope(grad_loss, grad_outside, log_inside, outside_weight):
 
 
 @triton.jit
-def accumulate(
-    m, z, row, columns, n_cols, scale, inverse_cap,
-    GROUPS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
+def accumulate(m, z, logits, columns, n_cols, TILE: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
     """Add one tile of columns to the running maxima and sums [threads], one per thread."""
-    v = load_logits(row, columns, n_cols, inverse_cap, MASKED, SOFTCAP, COMPUTE)
-    v = tl.reshape(v, [GROUPS, THREADS, VECTOR])
-    new_m = tl.maximum(m, tl.max(tl.max(v, axis=2), axis=0))
+    v = by_thread(load_logits(logits, columns, n_cols, MASKED, SOFTCAP), TILE)
+    new_m = tl.maximum(m, thread_max(v))
     # Subtract first: v - m is exact near the maximum, while v * scale is rounded at the size of the logits.
-    e = tl.exp2((v - new_m[None, :, None]) * scale)
-    return new_m, z * tl.exp2((m - new_m) * scale) + tl.sum(tl.sum(e, axis=2), axis=0)
+    e = tl.exp2((v - new_m[None, :, None]) * logits.scale)
+    return new_m, z * tl.exp2((m - new_m) * logits.scale) + thread_sum(e)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -200,44 +204,37 @@ def confidence_kernel(
     COMPUTE: tl.constexpr,
 ):
     """Program (row): the row's partition sum, from one read, then the candidates' scores."""
-    TILE: tl.constexpr = GROUPS * THREADS * VECTOR
+    TILE: tl.constexpr = Tile(GROUPS, THREADS, VECTOR)
+    COLUMNS: tl.constexpr = GROUPS * THREADS * VECTOR
     row = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, CANDIDATES)
     real = slots < n_candidates
     natural = tl.full((), scale * LN2, COMPUTE)
-    scale = tl.full((), scale, COMPUTE)
-    inverse_cap = tl.full((), inverse_cap, COMPUTE)
     # A row of weight 0 reads no logits: its loop is empty, its candidates are masked. (No branch around it all: on AMD
     # the compiler would lay that out as a loop.)
     live = live_row(weights_ptr, row)
     stop = tl.where(live, n_cols, 0)
     real = real & (stop > 0)
-    source = source_ptr + row * source_stride
+    source = row_logits(source_ptr + row * source_stride, scale, inverse_cap, COMPUTE)
     if ids_ptr is not None:
         m = tl.zeros([THREADS], COMPUTE) + FLOOR
         z = tl.zeros([THREADS], COMPUTE)
-        columns = tile_columns(GROUPS, THREADS * VECTOR)
-        whole = stop // TILE * TILE
-        for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
-            m, z = accumulate(
-                m, z, source, start + columns, n_cols, scale, inverse_cap, GROUPS, THREADS, VECTOR, False, SOFTCAP,
-                COMPUTE,
-            )  # fmt: skip
+        columns = tile_columns(TILE)
+        whole = stop // COLUMNS * COLUMNS
+        for start in tl.range(0, whole, COLUMNS, loop_unroll_factor=UNROLL):
+            m, z = accumulate(m, z, source, start + columns, n_cols, TILE, False, SOFTCAP)
         if whole < stop:
-            m, z = accumulate(
-                m, z, source, whole + columns, n_cols, scale, inverse_cap, GROUPS, THREADS, VECTOR, True, SOFTCAP,
-                COMPUTE,
-            )  # fmt: skip
+            m, z = accumulate(m, z, source, whole + columns, n_cols, TILE, True, SOFTCAP)
         row_m = tl.max(m, axis=0)
-        row_z = tl.sum(z * tl.exp2((m - row_m) * scale), axis=0)
-        _, _, v = candidate_logits(source, ids_ptr, slots, real, n_cols, inverse_cap, SOFTCAP, COMPUTE)
+        row_z = tl.sum(z * tl.exp2((m - row_m) * source.scale), axis=0)
+        _, _, v = candidate_logits(source, ids_ptr, slots, real, n_cols, SOFTCAP)
         v -= row_m
     else:
-        v = tl.load(source + slots, mask=real, other=0.0).to(COMPUTE)
+        v = tl.load(source.row + slots, mask=real, other=0.0).to(COMPUTE)
         row_z = tl.full((), 1.0, COMPUTE)
     values = tl.load(values_ptr + slots, mask=real, other=0.0)
     target = tl.load(target_ptr + row)
-    log_q, q, log_inside = restrict(v, row_z, real, scale, natural)
+    log_q, q, log_inside = restrict(v, row_z, real, source.scale, natural)
     expected, variance = moments(q, values)
     score = row_score(
         log_q, q, expected, values, real, target, tl.full((), eps, COMPUTE), tl.full((), upper, COMPUTE), KIND

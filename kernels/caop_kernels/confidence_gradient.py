@@ -25,24 +25,17 @@ from caop_kernels.constants import CONFIDENCE_SAVED_FIELDS
 from caop_kernels.launch import CHUNK, backend_of, compute_type, current_device, gradient_launch, is_aligned, scaling
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2, chain, expm1
-from caop_kernels.tile import load_logits, tile_columns
+from caop_kernels.tile import Tile, load_logits, row_logits, store_gradient, store_zeros, tile_columns
 
 
 @triton.jit
-def column_tile(
-    logits, out, columns, n_cols, n_out, scale, inverse_cap, m, factor,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
+def column_tile(logits, out, columns, n_cols, n_out, m, factor, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
     """factor * 2^((v - m) scale) of one tile of columns, stored in the dtype of `out`; 0 from n_cols on."""
-    v = load_logits(logits, columns, n_cols, inverse_cap, MASKED, SOFTCAP, COMPUTE)
-    gradient = tl.exp2((v - m) * scale) * factor
+    v = load_logits(logits, columns, n_cols, MASKED, SOFTCAP)
+    gradient = tl.exp2((v - m) * logits.scale) * factor
     if SOFTCAP:
         gradient *= 1.0 - v * v
-    if MASKED:
-        gradient = tl.where(columns < n_cols, gradient, 0.0)
-        tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=columns < n_out)
-    else:
-        tl.store(out + columns, gradient.to(out.dtype.element_ty))
+    store_gradient(out, gradient, columns, n_cols, n_out, MASKED)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -71,15 +64,14 @@ def column_gradient_kernel(
     COMPUTE: tl.constexpr,
 ):
     """Program (row, chunk): -h p_j of one chunk of columns of one row, candidates or not."""
-    TILE: tl.constexpr = GROUPS * THREADS * VECTOR
+    TILE: tl.constexpr = Tile(GROUPS, THREADS, VECTOR)
+    COLUMNS: tl.constexpr = GROUPS * THREADS * VECTOR
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * CHUNK
-    logits = logits_ptr + row * logits_stride
+    logits = row_logits(logits_ptr + row * logits_stride, scale, inverse_cap, COMPUTE)
     out = out_ptr + row * out_stride
-    offsets = begin + tile_columns(GROUPS, THREADS * VECTOR)
+    offsets = begin + tile_columns(TILE)
     stop = tl.minimum(n_out - begin, CHUNK)
-    scale = tl.full((), scale, COMPUTE)
-    inverse_cap = tl.full((), inverse_cap, COMPUTE)
     if live_row(weights_ptr, row):
         rows = n_rows.to(tl.int64)
         m = tl.load(saved_statistics_ptr + row)
@@ -91,19 +83,13 @@ def column_gradient_kernel(
             tl.full((), outside_weight, COMPUTE),
         )
         factor = -h / z * tl.full((), inverse_temperature, COMPUTE)
-        whole = tl.maximum(tl.minimum(n_cols - begin, stop), 0) // TILE * TILE
-        for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
-            column_tile(
-                logits, out, start + offsets, n_cols, n_out, scale, inverse_cap, m, factor, False, SOFTCAP, COMPUTE
-            )
-        for start in tl.range(whole, stop, TILE):
-            column_tile(
-                logits, out, start + offsets, n_cols, n_out, scale, inverse_cap, m, factor, True, SOFTCAP, COMPUTE
-            )
+        whole = tl.maximum(tl.minimum(n_cols - begin, stop), 0) // COLUMNS * COLUMNS
+        for start in tl.range(0, whole, COLUMNS, loop_unroll_factor=UNROLL):
+            column_tile(logits, out, start + offsets, n_cols, n_out, m, factor, False, SOFTCAP)
+        for start in tl.range(whole, stop, COLUMNS):
+            column_tile(logits, out, start + offsets, n_cols, n_out, m, factor, True, SOFTCAP)
     else:
-        zero = tl.zeros([GROUPS, THREADS * VECTOR], out.dtype.element_ty)
-        for start in tl.range(0, stop, TILE):
-            tl.store(out + start + offsets, zero, mask=start + offsets < n_out)
+        store_zeros(out, offsets, n_out, stop, TILE)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -139,7 +125,7 @@ def candidate_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     slots = tl.arange(0, CANDIDATES)
     real = slots < n_candidates
-    source = source_ptr + row * source_stride
+    source = row_logits(source_ptr + row * source_stride, scale, inverse_cap, COMPUTE)
     out = out_ptr + row * out_stride
     if live_row(weights_ptr, row):
         values = tl.load(values_ptr + slots, mask=real, other=0.0)
@@ -147,14 +133,12 @@ def candidate_gradient_kernel(
         if ids_ptr is not None:
             m = tl.load(saved_statistics_ptr + row)
             z = tl.load(saved_statistics_ptr + n_rows.to(tl.int64) + row)
-            ids, valid, v = candidate_logits(
-                source, ids_ptr, slots, real, n_cols, tl.full((), inverse_cap, COMPUTE), SOFTCAP, COMPUTE
-            )
+            ids, valid, v = candidate_logits(source, ids_ptr, slots, real, n_cols, SOFTCAP)
             relative = v - m
         else:
-            relative = tl.load(source + slots, mask=real, other=0.0).to(COMPUTE)
+            relative = tl.load(source.row + slots, mask=real, other=0.0).to(COMPUTE)
             z = tl.full((), 1.0, COMPUTE)
-        _, q, log_inside = restrict(relative, z, real, tl.full((), scale, COMPUTE), tl.full((), scale * LN2, COMPUTE))
+        _, q, log_inside = restrict(relative, z, real, source.scale, tl.full((), scale * LN2, COMPUTE))
         expected, variance = moments(q, values)
         grad_loss = load_upstream(grad_loss_ptr, row, COMPUTE)
         grad_outside = load_upstream(grad_outside_ptr, row, COMPUTE)

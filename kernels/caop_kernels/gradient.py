@@ -26,6 +26,8 @@ distillation losses follow from what flows into divergence, log-probability, ent
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -46,53 +48,82 @@ from caop_kernels.launch import (
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2, chain, log2_below_one
 from caop_kernels.state import LOWEST
-from caop_kernels.tile import IGNORE_INDEX, load_logits, narrow, tile_columns
+from caop_kernels.tile import (
+    IGNORE_INDEX,
+    Tile,
+    exponents,
+    load_logits,
+    row_logits,
+    store_gradient,
+    store_zeros,
+    tile_columns,
+)
 from caop_kernels.tuning import chosen
 
-COEFFICIENT_FIELDS = 8  # shift_s, shift_t, constant, ratio, log, teacher, label, log_ratio (log2 units), in this order
+
+class GradientRow(NamedTuple):
+    """What a row's gradient needs beside the logits: coefficients, COMPUTE, in the order of their fields."""
+
+    shift_s: tl.tensor
+    shift_t: tl.tensor
+    constant: tl.tensor
+    ratio: tl.tensor
+    log: tl.tensor
+    teacher: tl.tensor
+    label: tl.tensor
+    log_ratio: tl.tensor  # log2 units
+
+
+COEFFICIENT_FIELDS = len(GradientRow._fields)
+
+
+class Terms(NamedTuple):
+    """Which terms the gradient has, and of which logits: compile-time values of device code."""
+
+    softcap_s: tl.constexpr
+    softcap_t: tl.constexpr
+    ratio: tl.constexpr
+    log: tl.constexpr
+    teacher: tl.constexpr
+    label: tl.constexpr
+    interior: tl.constexpr
+    fast_log2: tl.constexpr
 
 
 @triton.jit
 def gradient_tile(
-    student, teacher, out, columns, n_cols, n_out, label, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
-    shift_s, shift_t, c_constant, c_ratio, c_log, c_teacher, c_label, log_ratio, beta,
-    MASKED: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, RATIO: tl.constexpr, LOG: tl.constexpr,
-    TEACHER: tl.constexpr, LABEL: tl.constexpr, INTERIOR: tl.constexpr, FAST_LOG2: tl.constexpr, COMPUTE: tl.constexpr,
+    student, teacher, out, row, label, beta, columns, n_cols, n_out, TERMS: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """The gradient of one tile of columns of one row, stored in the dtype of `out`."""
-    v_s = load_logits(student, columns, n_cols, inverse_cap_s, MASKED, SOFTCAP_S, COMPUTE)
-    u_s = tl.fma(v_s, tl.zeros_like(v_s) + scale_s, tl.zeros_like(v_s) - shift_s)
+    v_s = load_logits(student, columns, n_cols, MASKED, TERMS.softcap_s)
+    u_s = exponents(v_s, student.scale, row.shift_s)
     e_s = tl.exp2(u_s)  # before the clamps, which may drop a NaN
-    if RATIO or TEACHER:
-        v_t = load_logits(teacher, columns, n_cols, inverse_cap_t, MASKED, SOFTCAP_T, COMPUTE)
-        u_t = tl.fma(v_t, tl.zeros_like(v_t) + scale_t, tl.zeros_like(v_t) - shift_t)
-    if TEACHER:
+    if TERMS.ratio or TERMS.teacher:
+        v_t = load_logits(teacher, columns, n_cols, MASKED, TERMS.softcap_t)
+        u_t = exponents(v_t, teacher.scale, row.shift_t)
+    if TERMS.teacher:
         e_t = tl.exp2(u_t)
-    bracket = tl.zeros_like(u_s) + c_constant
-    if RATIO or LOG:
+    bracket = tl.zeros_like(u_s) + row.constant
+    if TERMS.ratio or TERMS.log:
         u_s = tl.maximum(u_s, LOWEST)
-    if RATIO:
+    if TERMS.ratio:
         r = u_s - tl.maximum(u_t, LOWEST)
-        if INTERIOR:
-            r -= log_ratio
+        if TERMS.interior:
+            r -= row.log_ratio
             share = tl.where(r >= 0, beta, 1.0 - beta)
             g = 1.0 - share * (1.0 - tl.exp2(-tl.abs(r)))
-            r = tl.minimum(r, 0.0) - log2_below_one(g, FAST_LOG2)
-        bracket += c_ratio * r
-    if LOG:
-        bracket += c_log * u_s
+            r = tl.minimum(r, 0.0) - log2_below_one(g, TERMS.fast_log2)
+        bracket += row.ratio * r
+    if TERMS.log:
+        bracket += row.log * u_s
     gradient = e_s * bracket
-    if TEACHER:
-        gradient -= c_teacher * e_t
-    if LABEL:
-        gradient = tl.where(columns == label, gradient + c_label, gradient)
-    if SOFTCAP_S:
+    if TERMS.teacher:
+        gradient -= row.teacher * e_t
+    if TERMS.label:
+        gradient = tl.where(columns == label, gradient + row.label, gradient)
+    if TERMS.softcap_s:
         gradient *= 1.0 - v_s * v_s
-    if MASKED:
-        gradient = tl.where(columns < n_cols, gradient, 0.0)
-        tl.store(out + columns, narrow(gradient, out.dtype.element_ty), mask=columns < n_out)
-    else:
-        tl.store(out + columns, narrow(gradient, out.dtype.element_ty))
+    store_gradient(out, gradient, columns, n_cols, n_out, MASKED)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -130,56 +161,43 @@ def gradient_kernel(
     COMPUTE: tl.constexpr,
 ):
     """Program (row, chunk): the gradient of one chunk of columns of one row."""
-    TILE: tl.constexpr = GROUPS * THREADS * VECTOR
+    TILE: tl.constexpr = Tile(GROUPS, THREADS, VECTOR)
+    COLUMNS: tl.constexpr = GROUPS * THREADS * VECTOR
+    TERMS: tl.constexpr = Terms(SOFTCAP_S, SOFTCAP_T, RATIO, LOG, TEACHER, LABEL, INTERIOR, FAST_LOG2)
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * CHUNK
-    student = student_ptr + row * student_stride
     out = out_ptr + row * out_stride
-    if teacher_ptr is not None:
-        teacher = teacher_ptr + row * teacher_stride
-    else:
-        teacher = student  # not read
-    offsets = begin + tile_columns(GROUPS, THREADS * VECTOR)
+    offsets = begin + tile_columns(TILE)
     stop = tl.minimum(n_out - begin, CHUNK)
-
-    scale_s = tl.full((), scale_s, COMPUTE)
-    scale_t = tl.full((), scale_t, COMPUTE)
-    inverse_cap_s = tl.full((), inverse_cap_s, COMPUTE)
-    inverse_cap_t = tl.full((), inverse_cap_t, COMPUTE)
-    beta = tl.full((), beta, COMPUTE)
     if live_row(weights_ptr, row):
+        student = row_logits(student_ptr + row * student_stride, scale_s, inverse_cap_s, COMPUTE)
+        if teacher_ptr is not None:
+            teacher = row_logits(teacher_ptr + row * teacher_stride, scale_t, inverse_cap_t, COMPUTE)
+        else:
+            teacher = student  # not read
+        share = tl.full((), beta, COMPUTE)
         field = coefficients_ptr + row
         rows = n_rows.to(tl.int64)
-        shift_s = tl.load(field)
-        shift_t = tl.load(field + rows)
-        c_constant = tl.load(field + 2 * rows)
-        c_ratio = tl.load(field + 3 * rows)
-        c_log = tl.load(field + 4 * rows)
-        c_teacher = tl.load(field + 5 * rows)
-        c_label = tl.load(field + 6 * rows)
-        log_ratio = tl.load(field + 7 * rows)
+        coefficients = GradientRow(
+            tl.load(field), tl.load(field + rows), tl.load(field + 2 * rows), tl.load(field + 3 * rows),
+            tl.load(field + 4 * rows), tl.load(field + 5 * rows), tl.load(field + 6 * rows), tl.load(field + 7 * rows),
+        )  # fmt: skip
         label = tl.full((), -1, tl.int32)
         if LABEL:
             label = tl.load(labels_ptr + row)
             # As narrow as the columns it is compared with; -1 meets none of them.
             label = tl.where((label >= 0) & (label < n_cols), label, -1).to(tl.int32)
-        whole = tl.maximum(tl.minimum(n_cols - begin, stop), 0) // TILE * TILE
-        for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
+        whole = tl.maximum(tl.minimum(n_cols - begin, stop), 0) // COLUMNS * COLUMNS
+        for start in tl.range(0, whole, COLUMNS, loop_unroll_factor=UNROLL):
             gradient_tile(
-                student, teacher, out, start + offsets, n_cols, n_out, label, scale_s, scale_t, inverse_cap_s,
-                inverse_cap_t, shift_s, shift_t, c_constant, c_ratio, c_log, c_teacher, c_label, log_ratio, beta,
-                False, SOFTCAP_S, SOFTCAP_T, RATIO, LOG, TEACHER, LABEL, INTERIOR, FAST_LOG2, COMPUTE,
-            )  # fmt: skip
-        for start in tl.range(whole, stop, TILE):
+                student, teacher, out, coefficients, label, share, start + offsets, n_cols, n_out, TERMS, False
+            )
+        for start in tl.range(whole, stop, COLUMNS):
             gradient_tile(
-                student, teacher, out, start + offsets, n_cols, n_out, label, scale_s, scale_t, inverse_cap_s,
-                inverse_cap_t, shift_s, shift_t, c_constant, c_ratio, c_log, c_teacher, c_label, log_ratio, beta,
-                True, SOFTCAP_S, SOFTCAP_T, RATIO, LOG, TEACHER, LABEL, INTERIOR, FAST_LOG2, COMPUTE,
-            )  # fmt: skip
+                student, teacher, out, coefficients, label, share, start + offsets, n_cols, n_out, TERMS, True
+            )
     else:
-        zero = tl.zeros([GROUPS, THREADS * VECTOR], out.dtype.element_ty)
-        for start in tl.range(0, stop, TILE):
-            tl.store(out + start + offsets, zero, mask=start + offsets < n_out)
+        store_zeros(out, offsets, n_out, stop, TILE)
 
 
 @triton.jit(do_not_specialize=["n_rows"])

@@ -16,6 +16,8 @@ A column that both sides exclude adds 0; one that only one side excludes a finit
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -36,39 +38,44 @@ from caop_kernels.launch import (
 from caop_kernels.masked_rows import live_row, live_rows, store_live
 from caop_kernels.math import LN2, log2_below_one
 from caop_kernels.state import EXCLUDED
-from caop_kernels.tile import load_logits, tile_columns
+from caop_kernels.tile import Tile, by_thread, exponents, load_logits, row_logits, thread_sum, tile_columns
 from caop_kernels.tuning import chosen
 
 MIXTURE_FIELDS = tl.constexpr(2)  # sums of p (log2 p - log2 m) under the student and under the teacher, times z_s
 
 
+class MixtureRow(NamedTuple):
+    """What a row needs to form its mixture, COMPUTE."""
+
+    m_s: tl.tensor
+    m_t: tl.tensor
+    log_ratio: tl.tensor  # log2(z_s / z_t)
+    beta: tl.tensor
+
+
 @triton.jit
 def accumulate_mixture(
-    sum_s, sum_t, student, teacher, columns, n_cols, scale_s, scale_t, inverse_cap_s, inverse_cap_t,
-    m_s, m_t, log_ratio, beta,
-    GROUPS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr,
-    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, FAST_LOG2: tl.constexpr, COMPUTE: tl.constexpr,
+    sum_s, sum_t, student, teacher, mixture, columns, n_cols,
+    TILE: tl.constexpr, MASKED: tl.constexpr, SOFTCAPS: tl.constexpr, FAST_LOG2: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of columns to the two sums [threads], one per thread."""
-    v_s = load_logits(student, columns, n_cols, inverse_cap_s, MASKED, SOFTCAP_S, COMPUTE)
-    v_t = load_logits(teacher, columns, n_cols, inverse_cap_t, MASKED, SOFTCAP_T, COMPUTE)
-    w_s = tl.fma(v_s, tl.zeros_like(v_s) + scale_s, tl.zeros_like(v_s) - m_s)
-    w_t = tl.fma(v_t, tl.zeros_like(v_t) + scale_t, tl.zeros_like(v_t) - m_t)
+    v_s = load_logits(student, columns, n_cols, MASKED, SOFTCAPS[0])
+    v_t = load_logits(teacher, columns, n_cols, MASKED, SOFTCAPS[1])
+    w_s = exponents(v_s, student.scale, mixture.m_s)
+    w_t = exponents(v_t, teacher.scale, mixture.m_t)
     w_s = tl.maximum(w_s, EXCLUDED)
-    w_t = tl.maximum(w_t, EXCLUDED) + log_ratio
+    w_t = tl.maximum(w_t, EXCLUDED) + mixture.log_ratio
     r = w_s - w_t
     gap = tl.abs(r)
     larger = tl.exp2(tl.maximum(w_s, w_t))
     t = tl.exp2(-gap)
-    share = tl.where(r >= 0, beta, 1.0 - beta)
+    share = tl.where(r >= 0, mixture.beta, 1.0 - mixture.beta)
     below = -log2_below_one(1.0 - share * (1.0 - t), FAST_LOG2)  # log2 of (larger probability) / m
     of_larger = larger * below
     of_smaller = larger * t * (below - gap)
     to_s = tl.where(r >= 0, of_larger, of_smaller)
     to_t = tl.where(r >= 0, of_smaller, of_larger)
-    sum_s += tl.sum(tl.sum(tl.reshape(to_s, [GROUPS, THREADS, VECTOR]), axis=2), axis=0)
-    sum_t += tl.sum(tl.sum(tl.reshape(to_t, [GROUPS, THREADS, VECTOR]), axis=2), axis=0)
-    return sum_s, sum_t
+    return sum_s + thread_sum(by_thread(to_s, TILE)), sum_t + thread_sum(by_thread(to_t, TILE))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -98,40 +105,36 @@ def mixture_kernel(
     COMPUTE: tl.constexpr,
 ):
     """Program (row, chunk): the two sums over one chunk of columns of one row."""
-    TILE: tl.constexpr = GROUPS * THREADS * VECTOR
+    TILE: tl.constexpr = Tile(GROUPS, THREADS, VECTOR)
+    COLUMNS: tl.constexpr = GROUPS * THREADS * VECTOR
+    SOFTCAPS: tl.constexpr = (SOFTCAP_S, SOFTCAP_T)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    scale_s = tl.full((), scale_s, COMPUTE)
-    scale_t = tl.full((), scale_t, COMPUTE)
-    inverse_cap_s = tl.full((), inverse_cap_s, COMPUTE)
-    inverse_cap_t = tl.full((), inverse_cap_t, COMPUTE)
-    beta = tl.full((), beta, COMPUTE)
     if live_row(weights_ptr, row):
         rows = n_rows.to(tl.int64)
-        student = student_ptr + row * student_stride
-        teacher = teacher_ptr + row * teacher_stride
-        m_s = tl.load(saved_statistics_ptr + row)
-        m_t = tl.load(saved_statistics_ptr + rows + row)
-        log_ratio = tl.load(saved_statistics_ptr + 4 * rows + row) / LN2
+        student = row_logits(student_ptr + row * student_stride, scale_s, inverse_cap_s, COMPUTE)
+        teacher = row_logits(teacher_ptr + row * teacher_stride, scale_t, inverse_cap_t, COMPUTE)
+        mixture = MixtureRow(
+            tl.load(saved_statistics_ptr + row),
+            tl.load(saved_statistics_ptr + rows + row),
+            tl.load(saved_statistics_ptr + 4 * rows + row) / LN2,
+            tl.full((), beta, COMPUTE),
+        )
         sum_s = tl.zeros([THREADS], COMPUTE)
         sum_t = sum_s
 
         begin = chunk * CHUNK
-        offsets = begin + tile_columns(GROUPS, THREADS * VECTOR)
+        offsets = begin + tile_columns(TILE)
         width = tl.minimum(n_cols - begin, CHUNK)
-        whole = width // TILE * TILE
-        for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
+        whole = width // COLUMNS * COLUMNS
+        for start in tl.range(0, whole, COLUMNS, loop_unroll_factor=UNROLL):
             sum_s, sum_t = accumulate_mixture(
-                sum_s, sum_t, student, teacher, start + offsets, n_cols, scale_s, scale_t, inverse_cap_s,
-                inverse_cap_t, m_s, m_t, log_ratio, beta,
-                GROUPS, THREADS, VECTOR, False, SOFTCAP_S, SOFTCAP_T, FAST_LOG2, COMPUTE,
-            )  # fmt: skip
+                sum_s, sum_t, student, teacher, mixture, start + offsets, n_cols, TILE, False, SOFTCAPS, FAST_LOG2
+            )
         if whole < width:
             sum_s, sum_t = accumulate_mixture(
-                sum_s, sum_t, student, teacher, whole + offsets, n_cols, scale_s, scale_t, inverse_cap_s,
-                inverse_cap_t, m_s, m_t, log_ratio, beta,
-                GROUPS, THREADS, VECTOR, True, SOFTCAP_S, SOFTCAP_T, FAST_LOG2, COMPUTE,
-            )  # fmt: skip
+                sum_s, sum_t, student, teacher, mixture, whole + offsets, n_cols, TILE, True, SOFTCAPS, FAST_LOG2
+            )
         pointer = sums_ptr + chunk.to(tl.int64) * MIXTURE_FIELDS * rows + row
         tl.store(pointer, tl.sum(sum_s, axis=0))
         tl.store(pointer + rows, tl.sum(sum_t, axis=0))

@@ -36,7 +36,7 @@ from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_de
 from caop_kernels.masked_rows import live_rows, store_live
 from caop_kernels.math import LN2, log1p
 from caop_kernels.state import ABSENT, CHUNK_STATE_FIELDS, LABEL_FIELD, empty_state, load_state, merge
-from caop_kernels.tile import IGNORE_INDEX, gather_logits
+from caop_kernels.tile import IGNORE_INDEX, exponents, gather_logits, row_logits
 
 
 class RowStatistics(NamedTuple):
@@ -61,10 +61,10 @@ class RowStatistics(NamedTuple):
 
 
 @triton.jit
-def label_logprob(pointer, label, valid, ignored, z, m, scale, inverse_cap, SOFTCAP: tl.constexpr):
+def label_logprob(logits, label, valid, ignored, z, m, SOFTCAP: tl.constexpr):
     """ln2 * (u[label] - log2 z) per row; 0 where ignored, NaN where the label is out of range (and nothing is read)."""
-    v = gather_logits(pointer, label, valid, inverse_cap, SOFTCAP, z.dtype)
-    logprob = (tl.fma(v, tl.zeros_like(v) + scale, -m) - tl.log2(z)) * LN2
+    v = gather_logits(logits, label, valid, SOFTCAP)
+    logprob = (exponents(v, logits.scale, m) - tl.log2(z)) * LN2
     return tl.where(ignored, 0.0, tl.where(valid, logprob, float("nan")))
 
 
@@ -178,16 +178,12 @@ def finish_kernel(
                 u = tl.load(states_ptr + (LABEL_FIELD + 1) * n_rows + rows, mask=live, other=0.0)
                 store_live(teacher_logprob_ptr, rows, held_logprob(u, z_t, ignored), live, mask)
         if student_ptr is not None and student_logprob_ptr is not None:
-            logprob = label_logprob(
-                student_ptr + rows * student_stride, label, valid, ignored, z_s, m_s,
-                tl.full((), scale_s, COMPUTE), tl.full((), inverse_cap_s, COMPUTE), SOFTCAP_S,
-            )  # fmt: skip
+            student = row_logits(student_ptr + rows * student_stride, scale_s, inverse_cap_s, COMPUTE)
+            logprob = label_logprob(student, label, valid, ignored, z_s, m_s, SOFTCAP_S)
             store_live(student_logprob_ptr, rows, logprob, live, mask)
         if teacher_ptr is not None and teacher_logprob_ptr is not None:
-            logprob = label_logprob(
-                teacher_ptr + rows * teacher_stride, label, valid, ignored, z_t, m_t,
-                tl.full((), scale_t, COMPUTE), tl.full((), inverse_cap_t, COMPUTE), SOFTCAP_T,
-            )  # fmt: skip
+            teacher = row_logits(teacher_ptr + rows * teacher_stride, scale_t, inverse_cap_t, COMPUTE)
+            logprob = label_logprob(teacher, label, valid, ignored, z_t, m_t, SOFTCAP_T)
             store_live(teacher_logprob_ptr, rows, logprob, live, mask)
 
 

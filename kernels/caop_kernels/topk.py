@@ -25,9 +25,9 @@ from caop_kernels.launch import backend_of, compute_type, current_device, scalin
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2
 from caop_kernels.state import EXCLUDED, FLOOR
-from caop_kernels.tile import IGNORE_INDEX, gather_logits
+from caop_kernels.tile import IGNORE_INDEX, exponents, gather_logits, row_logits
 from caop_kernels.topk_outcomes import divergence_terms, student_outcomes, teacher_outcomes
-from caop_kernels.topk_tail import TAIL_FIELDS, lanes, tail_states
+from caop_kernels.topk_tail import TAIL_FIELDS, TailState, lanes, rebase_tail, tail_states
 
 
 class TopkStatistics(NamedTuple):
@@ -47,10 +47,7 @@ class TopkStatistics(NamedTuple):
 
 
 @triton.jit
-def load_listed(
-    student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, scale, inverse_cap, SOFTCAP: tl.constexpr,
-    COMPUTE: tl.constexpr,
-):  # fmt: skip
+def load_listed(student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, SOFTCAP: tl.constexpr):
     """(ids, valid, v, lp, bad): the list of a row, the student's logits there (after tanh), and whether an id is bad.
 
     Lanes that list nothing are not valid and have v = 0 and lp = -inf. Nothing is read for an id out of range.
@@ -58,9 +55,9 @@ def load_listed(
     ids = tl.load(ids_ptr + row * k + lane, mask=lane < k, other=-1).to(tl.int64)
     valid = (ids >= 0) & (ids < n_cols)
     bad = tl.sum(((ids < -1) | (ids >= n_cols)).to(tl.int32), axis=0) > 0
-    lp = tl.load(logprobs_ptr + row * k + lane, mask=lane < k, other=float("-inf")).to(COMPUTE)
+    lp = tl.load(logprobs_ptr + row * k + lane, mask=lane < k, other=float("-inf")).to(student.scale.dtype)
     lp = tl.where(valid, lp, float("-inf"))
-    v = gather_logits(student, ids, valid, inverse_cap, SOFTCAP, COMPUTE)
+    v = gather_logits(student, ids, valid, SOFTCAP)
     return ids, valid, v, lp, bad
 
 
@@ -99,8 +96,6 @@ def topk_finish_kernel(
 ):
     """One program per row: join its chunks, gather what is listed, and form the statistics."""
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.full((), scale, COMPUTE)
-    inverse_cap = tl.full((), inverse_cap, COMPUTE)
     beta = tl.full((), beta, COMPUTE)
     divergence = tl.zeros((), COMPUTE)
     student_logprob = tl.zeros((), COMPUTE)
@@ -108,27 +103,26 @@ def topk_finish_kernel(
     teacher_logprob = tl.zeros((), COMPUTE)
     teacher_entropy = tl.zeros((), COMPUTE)
     if live_row(weights_ptr, row):
-        student = student_ptr + row * student_stride
+        student = row_logits(student_ptr + row * student_stride, scale, inverse_cap, COMPUTE)
         lane = tl.arange(0, K_BLOCK)
-        ids, valid, v, lp, bad = load_listed(
-            student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, scale, inverse_cap, SOFTCAP, COMPUTE
-        )
+        ids, valid, v, lp, bad = load_listed(student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, SOFTCAP)
 
         # The tail: all chunks at once, in an order that only the number of columns decides.
         chunk = tl.arange(0, CHUNK_BLOCK)
         state = states_ptr + row * (FIELDS * chunks) + chunk
-        chunk_m = tl.load(state, mask=chunk < chunks, other=FLOOR)
-        chunk_z = tl.load(state + chunks, mask=chunk < chunks, other=0.0)
-        chunk_a = tl.load(state + 2 * chunks, mask=chunk < chunks, other=0.0)
-        m_tail = tl.max(chunk_m, axis=0)
-        shift = chunk_m - m_tail
-        q = tl.exp2(shift)
-        z_tail = tl.sum(q * chunk_z, axis=0)
-        a_tail = tl.sum(q * (chunk_a + chunk_z * shift), axis=0)
+        tails = TailState(
+            tl.load(state, mask=chunk < chunks, other=FLOOR),
+            tl.load(state + chunks, mask=chunk < chunks, other=0.0),
+            tl.load(state + 2 * chunks, mask=chunk < chunks, other=0.0),
+        )
+        m_tail = tl.max(tails.m, axis=0)
+        tails = rebase_tail(tails, m_tail)
+        z_tail = tl.sum(tails.z, axis=0)
+        a_tail = tl.sum(tails.a, axis=0)
 
         # The whole row.
-        m = tl.maximum(m_tail, tl.max(tl.where(valid, v, float("-inf")), axis=0) * scale)
-        u = tl.fma(v, tl.zeros_like(v) + scale, tl.zeros_like(v) - m)
+        m = tl.maximum(m_tail, tl.max(tl.where(valid, v, float("-inf")), axis=0) * student.scale)
+        u = exponents(v, student.scale, m)
         u = tl.where(valid, u, float("-inf"))
         e = tl.exp2(u)
         below = m_tail - m
@@ -162,8 +156,8 @@ def topk_finish_kernel(
         if labels_ptr is not None:
             label = tl.load(labels_ptr + row)
             inside = (label >= 0) & (label < n_cols)
-            v_label = gather_logits(student, label, inside, inverse_cap, SOFTCAP, COMPUTE)
-            student_logprob = (tl.fma(v_label, scale, -m) - tl.log2(z)) * LN2
+            v_label = gather_logits(student, label, inside, SOFTCAP)
+            student_logprob = (exponents(v_label, student.scale, m) - tl.log2(z)) * LN2
             student_logprob = tl.where(inside & (not bad), student_logprob, float("nan"))
             match = valid & (ids == label)
             found = tl.sum(match.to(tl.int32), axis=0) > 0

@@ -23,7 +23,7 @@ from caop_kernels.gradient import COEFFICIENT_FIELDS, logit_gradient
 from caop_kernels.launch import backend_of, compute_type, current_device
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2, chain
-from caop_kernels.tile import IGNORE_INDEX, narrow
+from caop_kernels.tile import IGNORE_INDEX, exponents, narrow, row_logits
 from caop_kernels.topk import finish_warps, listed_constants, load_listed, packed_ids
 from caop_kernels.topk_outcomes import divergence_terms, student_outcomes, teacher_outcomes
 from caop_kernels.topk_tail import lanes
@@ -62,7 +62,6 @@ def listed_gradient_kernel(
 ):
     """One program per row: the gradient of the listed columns, and the coefficients of the others."""
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.full((), scale, COMPUTE)
     beta = tl.full((), beta, COMPUTE)
     if live_row(weights_ptr, row):
         step = n_rows.to(tl.int64)
@@ -72,11 +71,9 @@ def listed_gradient_kernel(
         z_tail = tl.load(saved_statistics_ptr + 3 * step + row)
         factor = tl.full((), inverse_temperature, COMPUTE)
         lane = tl.arange(0, K_BLOCK)
-        ids, valid, v, lp, bad = load_listed(
-            student_ptr + row * student_stride, ids_ptr, logprobs_ptr, row, lane, k, n_cols, scale,
-            tl.full((), inverse_cap, COMPUTE), SOFTCAP, COMPUTE,
-        )  # fmt: skip
-        u = tl.where(valid, tl.fma(v, tl.zeros_like(v) + scale, tl.zeros_like(v) - m), float("-inf"))
+        student = row_logits(student_ptr + row * student_stride, scale, inverse_cap, COMPUTE)
+        ids, valid, v, lp, bad = load_listed(student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, SOFTCAP)
+        u = tl.where(valid, exponents(v, student.scale, m), float("-inf"))
         p = tl.exp2(u) / z
         unit = tl.exp2(m_tail - m) / z  # p of a tail column is this times 2^(its u relative to m_tail)
 

@@ -11,6 +11,8 @@ state of its own; they are joined once at the end.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,35 +20,54 @@ import triton.language as tl
 from caop_kernels.launch import CHUNK, backend_of, compute_type, current_device, is_aligned, statistics_launch
 from caop_kernels.masked_rows import live_row
 from caop_kernels.state import EXCLUDED, FLOOR
-from caop_kernels.tile import load_logits, tile_columns
+from caop_kernels.tile import Tile, by_thread, exponents, load_logits, row_logits, thread_max, thread_sum, tile_columns
 
-TAIL_FIELDS = 3  # m, z, a of a chunk
+
+class TailState(NamedTuple):
+    """The sums of some columns of the tail, relative to their maximum."""
+
+    m: tl.tensor
+    z: tl.tensor
+    a: tl.tensor
+
+
+TAIL_FIELDS = len(TailState._fields)
+
+
+class NextListed(NamedTuple):
+    """The next listed id to come, and its position in the sorted list."""
+
+    position: tl.tensor
+    column: tl.tensor
+
+
+@triton.jit
+def rebase_tail(state, m):
+    """The same state relative to a maximum that is at least as large."""
+    shift = state.m - m
+    q = tl.exp2(shift)
+    return TailState(m, q * state.z, q * (state.a + state.z * shift))
 
 
 @triton.jit
 def accumulate_tail(
-    m, z, a, student, columns, n_cols, scale, inverse_cap, sorted_ids, k, position, listed, stop,
-    GROUPS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    state, listed, sorted_ids, k, stop, student, columns, n_cols,
+    TILE: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Add the columns of one tile that are not listed; `listed`, at `position` of the list, is the next id to come."""
-    v = load_logits(student, columns, n_cols, inverse_cap, MASKED, SOFTCAP, COMPUTE)
-    while listed < stop:
-        v = tl.where(columns == listed, float("-inf"), v)
+    """Add the columns of one tile, which ends before column `stop`, that are not listed."""
+    v = load_logits(student, columns, n_cols, MASKED, SOFTCAP)
+    position, column = listed
+    while column < stop:
+        v = tl.where(columns == column, float("-inf"), v)
         position += 1
-        listed = tl.load(sorted_ids + position, mask=position < k, other=2147483647)
-    v = tl.reshape(v, [GROUPS, THREADS, VECTOR])
-    # Groups before vector: both reductions stay inside a thread.
-    new_m = tl.maximum(m, tl.max(tl.max(v, axis=2), axis=0) * scale)
-    shift = m - new_m
-    q = tl.exp2(shift)
-    a = q * (a + z * shift)
-    z = q * z
-    u = tl.fma(v, tl.zeros_like(v) + scale, tl.zeros_like(v) - new_m[None, :, None])
+        column = tl.load(sorted_ids + position, mask=position < k, other=2147483647)
+    v = by_thread(v, TILE)
+    m, z, a = rebase_tail(state, tl.maximum(state.m, thread_max(v) * student.scale))
+    u = exponents(v, student.scale, m[None, :, None])
     e = tl.exp2(u)  # before the clamp: 2^-inf is 0, and NaN gets through (maximum may drop it)
-    z += tl.sum(tl.sum(e, axis=2), axis=0)
-    a += tl.sum(tl.sum(e * tl.maximum(u, EXCLUDED), axis=2), axis=0)
-    return new_m, z, a, position, listed
+    z += thread_sum(e)
+    a += thread_sum(e * tl.maximum(u, EXCLUDED))
+    return TailState(m, z, a), NextListed(position, column)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -72,45 +93,41 @@ def tail_kernel(
     FIELDS: tl.constexpr,
 ):
     """Program (row, chunk): reduce the columns of one chunk that are not listed to a state."""
-    TILE: tl.constexpr = GROUPS * THREADS * VECTOR
+    TILE: tl.constexpr = Tile(GROUPS, THREADS, VECTOR)
+    COLUMNS: tl.constexpr = GROUPS * THREADS * VECTOR
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    scale = tl.full((), scale, COMPUTE)
-    inverse_cap = tl.full((), inverse_cap, COMPUTE)
     if live_row(weights_ptr, row):
-        student = student_ptr + row * student_stride
+        student = row_logits(student_ptr + row * student_stride, scale, inverse_cap, COMPUTE)
         sorted_ids = sorted_ids_ptr + row * k
         begin = chunk * CHUNK
         width = tl.minimum(n_cols - begin, CHUNK)
-        whole = width // TILE * TILE
+        whole = width // COLUMNS * COLUMNS
 
         lane = tl.arange(0, K_BLOCK)
         ids = tl.load(sorted_ids + lane, mask=lane < k, other=2147483647)
         position = tl.sum((ids < begin).to(tl.int32), axis=0)
-        listed = tl.load(sorted_ids + position, mask=position < k, other=2147483647)
+        listed = NextListed(position, tl.load(sorted_ids + position, mask=position < k, other=2147483647))
 
-        columns = begin + tile_columns(GROUPS, THREADS * VECTOR)
+        columns = begin + tile_columns(TILE)
         zero = tl.zeros([THREADS], COMPUTE)
-        m, z, a = zero + FLOOR, zero, zero
-        for start in tl.range(0, whole, TILE, loop_unroll_factor=UNROLL):
-            m, z, a, position, listed = accumulate_tail(
-                m, z, a, student, start + columns, n_cols, scale, inverse_cap, sorted_ids, k, position, listed,
-                begin + start + TILE, GROUPS, THREADS, VECTOR, False, SOFTCAP, COMPUTE,
+        state = TailState(zero + FLOOR, zero, zero)
+        for start in tl.range(0, whole, COLUMNS, loop_unroll_factor=UNROLL):
+            state, listed = accumulate_tail(
+                state, listed, sorted_ids, k, begin + start + COLUMNS, student, start + columns, n_cols, TILE, False,
+                SOFTCAP,
             )  # fmt: skip
         if whole < width:
-            m, z, a, position, listed = accumulate_tail(
-                m, z, a, student, whole + columns, n_cols, scale, inverse_cap, sorted_ids, k, position, listed,
-                begin + width, GROUPS, THREADS, VECTOR, True, SOFTCAP, COMPUTE,
-            )  # fmt: skip
+            state, listed = accumulate_tail(
+                state, listed, sorted_ids, k, begin + width, student, whole + columns, n_cols, TILE, True, SOFTCAP
+            )
 
-        row_m = tl.max(m, axis=0)
-        shift = m - row_m
-        q = tl.exp2(shift)
+        m, z, a = rebase_tail(state, tl.max(state.m, axis=0))
         chunks = tl.num_programs(1)
-        state = states_ptr + row * (FIELDS * chunks) + chunk
-        tl.store(state, row_m)
-        tl.store(state + chunks, tl.sum(q * z, axis=0))
-        tl.store(state + 2 * chunks, tl.sum(q * (a + z * shift), axis=0))
+        pointer = states_ptr + row * (FIELDS * chunks) + chunk
+        tl.store(pointer, m)
+        tl.store(pointer + chunks, tl.sum(z, axis=0))
+        tl.store(pointer + 2 * chunks, tl.sum(a, axis=0))
 
 
 def lanes(k: int) -> int:

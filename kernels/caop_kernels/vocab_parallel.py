@@ -20,7 +20,7 @@ from caop_kernels.constants import SAVED_FIELDS, STATE_FIELDS, STATISTICS
 from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps, scalings
 from caop_kernels.row_stats import RowStatistics, finish_kernel
 from caop_kernels.state import ABSENT, LABEL_FIELD, empty_state, load_state, merge, store_state
-from caop_kernels.tile import gather_logits
+from caop_kernels.tile import exponents, gather_logits, row_logits
 
 
 @triton.jit
@@ -32,10 +32,10 @@ def join_labels(y, m, other_y, other_m, new_m):
 
 
 @triton.jit
-def label_exponent(pointer, label, valid, m, scale, inverse_cap, SOFTCAP: tl.constexpr):
+def label_exponent(logits, label, valid, m, SOFTCAP: tl.constexpr):
     """u of the label, and ABSENT where it is not among the columns (nothing is read then)."""
-    v = gather_logits(pointer, label, valid, inverse_cap, SOFTCAP, m.dtype)
-    return tl.where(valid, tl.fma(v, tl.zeros_like(v) + scale, -m), ABSENT)
+    v = gather_logits(logits, label, valid, SOFTCAP)
+    return tl.where(valid, exponents(v, logits.scale, m), ABSENT)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_states"])
@@ -80,14 +80,10 @@ def merge_states_kernel(
     if labels_ptr is not None:
         label = tl.load(labels_ptr + rows, mask=mask, other=-1)
         valid = mask & (label >= 0) & (label < n_cols)
-        y_s = label_exponent(
-            student_ptr + rows * student_stride, label, valid, state.m_s,
-            tl.full((), scale_s, COMPUTE), tl.full((), inverse_cap_s, COMPUTE), SOFTCAP_S,
-        )  # fmt: skip
-        y_t = label_exponent(
-            teacher_ptr + rows * teacher_stride, label, valid, state.m_t,
-            tl.full((), scale_t, COMPUTE), tl.full((), inverse_cap_t, COMPUTE), SOFTCAP_T,
-        )  # fmt: skip
+        student = row_logits(student_ptr + rows * student_stride, scale_s, inverse_cap_s, COMPUTE)
+        teacher = row_logits(teacher_ptr + rows * teacher_stride, scale_t, inverse_cap_t, COMPUTE)
+        y_s = label_exponent(student, label, valid, state.m_s, SOFTCAP_S)
+        y_t = label_exponent(teacher, label, valid, state.m_t, SOFTCAP_T)
     store_state(out_ptr + rows, n_rows, mask, state)
     tl.store(out_ptr + LABEL_FIELD * n_rows + rows, y_s, mask=mask)
     tl.store(out_ptr + (LABEL_FIELD + 1) * n_rows + rows, y_t, mask=mask)
