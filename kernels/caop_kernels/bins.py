@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from caop_kernels.backend import require
-from caop_kernels.checks import check_bin_rows, check_positive
+from caop_kernels.checks import assert_fields, assert_rows, contiguous
 from caop_kernels.launch import compute_type, current_device
 
 RUN = 2048  # rows per program: a thousand rows are one program, a million are 489
@@ -37,7 +37,7 @@ ELEMENTS = 2048  # rows times bins of a tile: 16 per thread of 4 warps
 class BinSums(NamedTuple):
     """Sums per bin, float64 [n_bins] each (counts are exact up to 2^53)."""
 
-    count: torch.Tensor
+    counts: torch.Tensor
     confidence: torch.Tensor
     correct: torch.Tensor
 
@@ -235,14 +235,13 @@ def bin_sums(confidence: torch.Tensor, correct: torch.Tensor, edges: torch.Tenso
         edges: [n_bins + 1] float64, ascending, on the same device.
 
     Raises:
-        TypeError, ValueError: on a bad argument; the message names it.
         RuntimeError: where the kernels cannot run.
     """
-    check_bin_rows(confidence, correct, None)
-    if edges.dtype != torch.float64 or edges.dim() != 1 or edges.numel() < 2:
-        raise ValueError(f"edges must be float64 [n_bins + 1], got {edges.dtype} {tuple(edges.shape)}")
-    require(confidence.device)
     n_rows, n_bins = confidence.shape[0], edges.shape[0] - 1
+    assert_rows(n_rows, confidence.device, confidence, correct)
+    assert edges.dtype == torch.float64, edges.dtype
+    assert n_bins >= 1, edges.shape
+    require(confidence.device)
     runs = triton.cdiv(n_rows, RUN)
     partial = edges.new_empty((runs, BIN_FIELDS, n_bins))
     shape = tile(n_bins, whole=False)
@@ -261,7 +260,8 @@ def bin_sums(confidence: torch.Tensor, correct: torch.Tensor, edges: torch.Tenso
                 num_warps=4,
             )
         sums = add_runs(partial, BIN_FIELDS * n_bins)
-    return BinSums(*sums.view(BIN_FIELDS, n_bins).unbind(0))
+    counts, confidences, corrects = sums.view(BIN_FIELDS, n_bins)
+    return BinSums(counts, confidences, corrects)
 
 
 def soft_calibration(
@@ -281,15 +281,13 @@ def soft_calibration(
         weights: [N] >= 0, or None.
 
     Raises:
-        TypeError, ValueError: on a bad argument; the message names it.
         RuntimeError: where the kernels cannot run.
     """
-    check_bin_rows(confidence, correct, weights)
-    check_positive("temperature", temperature)
-    if not 1 <= n_bins <= 1024:
-        raise ValueError(f"n_bins must be in [1, 1024], got {n_bins}")
-    require(confidence.device)
     n_rows = confidence.shape[0]
+    assert_rows(n_rows, confidence.device, confidence, correct, weights)
+    assert temperature > 0, temperature
+    assert 1 <= n_bins <= 1024, n_bins
+    require(confidence.device)
     dtype = torch.float64 if confidence.dtype == torch.float64 else torch.float32
     runs = triton.cdiv(n_rows, RUN)
     partial = confidence.new_empty((runs, n_bins + 1), dtype=dtype)
@@ -300,7 +298,7 @@ def soft_calibration(
             soft_bin_kernel[(runs,)](
                 confidence.contiguous(),
                 correct.contiguous(),
-                None if weights is None else weights.contiguous(),
+                contiguous(weights),
                 partial,
                 n_rows,
                 n_bins,
@@ -324,8 +322,11 @@ def soft_calibration_gradient(
     temperature: float,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient [N] of `confidence`, in its dtype, for what flows into the error ([1]); else as in the forward."""
+    """The gradient [N] of `confidence`, in its dtype, from the upstream gradient of the error, [1]; else as in the
+    forward."""
     n_rows = confidence.shape[0]
+    assert_rows(n_rows, confidence.device, confidence, correct, weights)
+    assert_fields(signs, n_bins + 1)
     out = torch.empty_like(confidence, memory_format=torch.contiguous_format)
     if n_rows == 0:
         return out
@@ -334,7 +335,7 @@ def soft_calibration_gradient(
         soft_gradient_kernel[(triton.cdiv(n_rows, shape["ROWS"]),)](
             confidence.contiguous(),
             correct.contiguous(),
-            None if weights is None else weights.contiguous(),
+            contiguous(weights),
             signs,
             grad_error.contiguous(),
             out,

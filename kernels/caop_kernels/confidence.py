@@ -16,7 +16,7 @@ for 1 - E has no digits where E rounds to 1; e and f are E and F clipped to [eps
 E and V have the slopes q_c (v_c - E) and q_c ((v_c - E)^2 - V).
 
 (The third is q_c ((v_c - y)^2 - score), written so that nothing cancels where q is certain.) These slopes s_c add up to
-0, and log P has the slope q_c. With h what flows into log P in all, the gradients are
+0, and log P has the slope q_c. With h the upstream gradient of log P in all, the gradients are
 
     d / d log p_c = s_c + h q_c        d / d a_j = s_c + h q_c (1 - P) where j is candidate c,  -h p_j elsewhere
 
@@ -35,8 +35,8 @@ import triton
 import triton.language as tl
 
 from caop_kernels.backend import require
-from caop_kernels.checks import check_candidates, check_confidence_source, check_positive, check_rows
-from caop_kernels.constants import CONFIDENCE_SAVED_FIELDS
+from caop_kernels.checks import assert_rows, contiguous, shared_columns
+from caop_kernels.constants import CONFIDENCE_KINDS, CONFIDENCE_SAVED_FIELDS
 from caop_kernels.launch import backend_of, compute_type, current_device, is_aligned, scaling, statistics_launch
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2, chain, clip, expm1
@@ -148,7 +148,7 @@ def score_slopes(q, expected, variance, values, real, target, eps, upper, KIND: 
 
 @triton.jit
 def load_upstream(pointer, row, COMPUTE: tl.constexpr):
-    """What flows into an output of this row; 0 for an output nothing flows into."""
+    """The upstream gradient of an output of this row; 0 for an output without one."""
     if pointer is not None:
         return tl.load(pointer + row).to(COMPUTE)
     else:
@@ -157,7 +157,7 @@ def load_upstream(pointer, row, COMPUTE: tl.constexpr):
 
 @triton.jit
 def inside_slope(grad_loss, grad_outside, log_inside, outside_weight):
-    """h, what flows into log P. The outside mass is 0, with slope 0, where rounding takes P above 1."""
+    """h, the upstream gradient of log P. The outside mass is 0, with slope 0, where rounding takes P above 1."""
     inside = tl.where(log_inside > 0, 0.0, tl.exp(log_inside))
     h = -(grad_loss * outside_weight) - chain(grad_outside, inside)
     return tl.where(log_inside == log_inside, h, float("nan"))
@@ -275,7 +275,7 @@ def confidence_scores(
         candidate_ids: [C] int64, distinct; one outside [0, V) makes every row NaN.
         candidate_values: [C] in the dtype of the scores, distinct.
         target: [N] in the dtype of the scores; NaN gives NaN in that row's loss.
-        kind: one of `checks.CONFIDENCE_KINDS`.
+        kind: one of `constants.CONFIDENCE_KINDS`.
         outside_weight: factor of -log P in the loss.
         weights: [N], or None. Rows of weight 0 are not read and hold 0.
         temperature, softcap, vocab_size: the logits are `softcap * tanh(z / softcap) / temperature` of the first
@@ -283,24 +283,20 @@ def confidence_scores(
         eps: clip of "bernoulli_nll"; the dtype's smallest normal number at least.
 
     Raises:
-        TypeError, ValueError: on a bad argument; the message names it.
         RuntimeError: where the kernels cannot run (`caop_kernels.available` gives the same reason).
     """
-    n_rows, n_cols = check_confidence_source(source, vocab_size)
+    n_rows, n_cols = shared_columns(source, None, vocab_size)
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
-    check_candidates(candidate_ids, candidate_values, source, kind, dtype)
-    for name, column in (("target", target), ("weights", weights)):
-        check_rows(name, column, source)
-    check_positive("temperature", temperature)
-    check_positive("softcap", softcap, optional=True)
-    check_positive("eps", eps)
+    assert_candidates(candidate_ids, candidate_values, source, kind)
+    assert_rows(n_rows, source.device, target, weights)
     require(source.device)
 
-    outputs = [source.new_empty(n_rows, dtype=dtype) for _ in range(4)]
+    loss, expected, variance, outside_mass = (source.new_empty(n_rows, dtype=dtype) for _ in range(4))
     with_ids = candidate_ids is not None
     saved_statistics = source.new_empty((CONFIDENCE_SAVED_FIELDS, n_rows if with_ids else 0), dtype=dtype)
+    scores = ConfidenceScores(loss, expected, variance, outside_mass, saved_statistics)
     if n_rows == 0:
-        return ConfidenceScores(*outputs, saved_statistics)
+        return scores
     backend = backend_of(source.device)
     scale, inverse_cap = scaling(temperature, softcap)
     candidates = triton.next_power_of_2(candidate_values.shape[0])
@@ -314,11 +310,14 @@ def confidence_scores(
     with current_device(source.device):
         confidence_kernel[(n_rows,)](
             source,
-            None if candidate_ids is None else candidate_ids.contiguous(),
+            contiguous(candidate_ids),
             candidate_values.contiguous(),
             target.to(dtype).contiguous(),
-            None if weights is None else weights.contiguous(),
-            *outputs,
+            contiguous(weights),
+            loss,
+            expected,
+            variance,
+            outside_mass,
             saved_statistics if with_ids else None,
             source.stride(0),
             n_rows,
@@ -339,11 +338,20 @@ def confidence_scores(
             num_warps=config.num_warps if with_ids else candidate_warps(candidates),
             num_stages=config.num_stages,
         )
-    return ConfidenceScores(*outputs, saved_statistics)
+    return scores
+
+
+def assert_candidates(ids: torch.Tensor | None, values: torch.Tensor, source: torch.Tensor, kind: str) -> None:
+    """Ids [C] int64, or None with one column of the source each; values [C] in the dtype of the scores."""
+    assert kind in CONFIDENCE_KINDS, kind
+    assert values.dtype == (torch.float64 if source.dtype == torch.float64 else torch.float32), values.dtype
+    assert ids is None or ids.dtype == torch.int64, ids.dtype
+    assert_rows(source.shape[1] if ids is None else ids.shape[0], source.device, ids, values)
 
 
 def clips(eps: float, dtype: torch.dtype) -> dict[str, float]:
     """The kernel's arguments for the clip of "bernoulli_nll"; eps must have a logarithm in `dtype`."""
+    assert eps > 0, eps
     eps = max(eps, torch.finfo(dtype).tiny)
     return {"eps": eps, "upper": 1.0 - eps}
 

@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from caop_kernels.checks import assert_fields, assert_logits, assert_rows, contiguous
 from caop_kernels.confidence import (
+    assert_candidates,
     candidate_logits,
     candidate_warps,
     clips,
@@ -155,7 +157,7 @@ def candidate_gradient_kernel(
                 tl.full((), upper, COMPUTE),
                 KIND,
             )
-            # A NaN loss that nothing flows into does no harm to the other outputs.
+            # A NaN loss of upstream gradient 0 does no harm to the other outputs.
             gradient += chain(grad_loss, slopes)
         deviation = values - expected
         if grad_expected_ptr is not None:
@@ -181,7 +183,7 @@ def confidence_scores_gradient(
     candidate_ids: torch.Tensor | None,
     candidate_values: torch.Tensor,
     target: torch.Tensor,
-    saved_statistics: torch.Tensor,
+    saved_statistics: torch.Tensor | None,
     *,
     kind: str,
     outside_weight: float = 1.0,
@@ -199,9 +201,10 @@ def confidence_scores_gradient(
 
     Args:
         source, candidate_ids, candidate_values, target, kind, outside_weight, weights, temperature, softcap,
-            vocab_size, eps: as given to `confidence.confidence_scores`, which checks them.
-        saved_statistics: what that returned.
-        grad_loss, grad_expected, grad_variance, grad_outside: [N] what flows into the outputs, in their dtype, or None.
+            vocab_size, eps: as given to `confidence.confidence_scores`.
+        saved_statistics: what that returned; not read, and may be None, with `candidate_ids=None`.
+        grad_loss, grad_expected, grad_variance, grad_outside: upstream gradients of the outputs, [N] in their dtype, or
+            None.
     """
     n_rows, n_out = source.shape
     out = torch.empty_like(source, memory_format=torch.contiguous_format)
@@ -210,8 +213,11 @@ def confidence_scores_gradient(
     n_cols = n_out if vocab_size is None else vocab_size
     dtype = candidate_values.dtype
     with_ids = candidate_ids is not None
+    assert_logits(n_rows, n_cols, source)
+    assert_candidates(candidate_ids, candidate_values, source, kind)
+    assert_rows(n_rows, source.device, target, weights, grad_loss, grad_expected, grad_variance, grad_outside)
     grad_loss, grad_expected, grad_variance, grad_outside, weights = (
-        None if t is None else t.contiguous() for t in (grad_loss, grad_expected, grad_variance, grad_outside, weights)
+        contiguous(t) for t in (grad_loss, grad_expected, grad_variance, grad_outside, weights)
     )
     backend = backend_of(source.device)
     candidates = triton.next_power_of_2(candidate_values.shape[0])
@@ -224,7 +230,8 @@ def confidence_scores_gradient(
     }
     with current_device(source.device):
         if with_ids:
-            assert saved_statistics.shape == (CONFIDENCE_SAVED_FIELDS, n_rows)
+            assert saved_statistics is not None
+            assert_fields(saved_statistics, CONFIDENCE_SAVED_FIELDS, n_rows)
             config = gradient_launch(
                 backend,
                 source.element_size(),
@@ -252,7 +259,7 @@ def confidence_scores_gradient(
             )
         candidate_gradient_kernel[(n_rows,)](
             source,
-            None if candidate_ids is None else candidate_ids.contiguous(),
+            contiguous(candidate_ids),
             candidate_values.contiguous(),
             target.to(dtype).contiguous(),
             weights,

@@ -12,8 +12,8 @@ g = 1 - share (1 - 2^-|r|), where share is the weight of the smaller one. No und
 
 The shift is any number near the row's maximum in log2 units and the partition sums are part of the coefficients: were
 lse itself the shift, its rounding at large logits (5e-4 at 1e4) would scale the whole row. Coefficients of the
-distillation losses follow from what flows into divergence, log-probability, entropy and lse (nats), with z the sums of
-2^u over the row and A the coefficients of p_s, p_s R, p_s log p_s and p_t:
+distillation losses follow from the upstream gradients of divergence, log-probability, entropy and lse (nats), with z
+the sums of 2^u over the row and A the coefficients of p_s, p_s R, p_s log p_s and p_t:
 
     forward KL   A_p = 1, A_t = 1          log p_s(y)   A_p = -1, label = 1
     reverse KL   A_r = 1, A_p = -E_s R     H_s          A_l = -1, A_p = -H_s
@@ -32,6 +32,8 @@ import torch
 import triton
 import triton.language as tl
 
+from caop_kernels.checks import assert_fields, assert_labels, assert_logits, assert_rows, contiguous
+from caop_kernels.constants import SAVED_FIELDS
 from caop_kernels.launch import (
     CHUNK,
     MERGE_ROWS,
@@ -220,7 +222,7 @@ def coefficients_kernel(
     INTERIOR: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One thread per row: what flows into the outputs, to coefficients of the gradient."""
+    """One thread per row: from upstream gradients to coefficients of the gradient."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < n_rows
     step = n_rows.to(tl.int64)
@@ -275,6 +277,13 @@ def coefficients_kernel(
     tl.store(out_ptr + 7 * step + rows, lr / LN2, mask=mask)
 
 
+def split_beta(beta: float | torch.Tensor) -> tuple[float, torch.Tensor | None]:
+    """(beta, None) of one beta for all rows, (0, betas contiguous) of one for each row."""
+    if isinstance(beta, torch.Tensor):
+        return 0.0, beta.contiguous()
+    return float(beta), None
+
+
 def distillation_coefficients(
     saved_statistics: torch.Tensor,
     *,
@@ -288,7 +297,7 @@ def distillation_coefficients(
     grad_entropy: torch.Tensor | None = None,
     grad_lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Coefficients [COEFFICIENT_FIELDS, N] of `logit_gradient` for what flows into the statistics of each row.
+    """Coefficients [COEFFICIENT_FIELDS, N] of `logit_gradient` for upstream gradients of the statistics of each row.
 
     Args:
         saved_statistics: as `row_statistics` returned it; for an interior beta with the mixture's mean ratio.
@@ -300,11 +309,17 @@ def distillation_coefficients(
             dtype of `saved_statistics`; None for none.
     """
     n_rows = saved_statistics.shape[1]
-    labels = None if labels is None else labels.contiguous()
+    assert_fields(saved_statistics, SAVED_FIELDS, n_rows)
+    assert_labels(labels, n_rows, saved_statistics.device)
+    assert labels is not None or grad_logprob is None
+    for column in (student_entropy, grad_divergence, grad_logprob, grad_entropy, grad_lse):
+        if column is not None:
+            assert_fields(column, n_rows)
     out = saved_statistics.new_empty((COEFFICIENT_FIELDS, n_rows))
     if n_rows == 0:
         return out
-    per_row = isinstance(beta, torch.Tensor)
+    beta, beta_per_row = split_beta(beta)
+    assert_rows(n_rows, saved_statistics.device, beta_per_row)
     with current_device(saved_statistics.device):
         coefficients_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
             saved_statistics,
@@ -313,25 +328,20 @@ def distillation_coefficients(
             grad_logprob,
             grad_entropy,
             grad_lse,
-            beta.contiguous() if per_row else None,
-            labels,
+            beta_per_row,
+            contiguous(labels),
             out,
             n_rows,
             n_cols,
-            beta=0.0 if per_row else float(beta),
+            beta=beta,
             inverse_temperature=1.0 / temperature,
             ROWS=MERGE_ROWS,
-            FORWARD=not per_row and beta == 0,
-            INTERIOR=is_interior(beta),
+            FORWARD=beta_per_row is None and beta == 0,
+            INTERIOR=0 < beta < 1,
             COMPUTE=compute_type(saved_statistics.dtype),
             num_warps=merge_warps(backend_of(saved_statistics.device)),
         )
     return out
-
-
-def is_interior(beta: float | torch.Tensor) -> bool:
-    """Whether the divergence goes through the mixture of both distributions."""
-    return not isinstance(beta, torch.Tensor) and 0 < beta < 1
 
 
 def logit_gradient(
@@ -369,12 +379,19 @@ def logit_gradient(
     n_rows, n_out = student_logits.shape
     n_cols = n_out if vocab_size is None else vocab_size
     inplace = out is student_logits
+    teacher_read = teacher_logits if ratio or teacher else None
+    assert teacher_read is not None or not (ratio or teacher)
+    assert_logits(n_rows, n_cols, student_logits, teacher_read)
+    assert_fields(coefficients, COEFFICIENT_FIELDS, n_rows)
+    assert_labels(labels, n_rows, student_logits.device)
+    assert labels is not None or not label
+    assert_rows(n_rows, student_logits.device, weights)
     if out is None:
         out = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+    assert_logits(n_rows, n_out, out)
     if n_rows == 0:
         return out
-    reads_teacher = ratio or teacher
-    loaded = [student_logits, *([teacher_logits] if reads_teacher else [])]
+    loaded = [student_logits, *([] if teacher_read is None else [teacher_read])]
     operands = [*loaded, out]
     backend = backend_of(student_logits.device)
     double = coefficients.dtype == torch.float64
@@ -388,13 +405,13 @@ def logit_gradient(
     def run(config: RowLaunch, target: torch.Tensor) -> None:
         gradient_kernel[(n_rows, triton.cdiv(n_out, CHUNK))](
             student_logits,
-            teacher_logits if reads_teacher else None,
+            teacher_read,
             target,
             coefficients,
-            labels.contiguous() if label else None,
-            None if weights is None else weights.contiguous(),
+            contiguous(labels) if label else None,
+            contiguous(weights),
             student_logits.stride(0),
-            teacher_logits.stride(0) if reads_teacher else 0,
+            0 if teacher_read is None else teacher_read.stride(0),
             target.stride(0),
             n_rows,
             n_cols,

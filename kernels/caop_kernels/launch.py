@@ -135,7 +135,9 @@ def fast_log2(backend: str, double: bool) -> bool:
 
 def scaling(temperature: float, softcap: float | None) -> tuple[float, float]:
     """(scale, 1 / cap) that take raw logits to log2 units: z * scale, or tanh(z / cap) * scale with a softcap."""
-    cap = softcap or 1.0
+    cap = 1.0 if softcap is None else softcap
+    assert temperature > 0, temperature
+    assert cap > 0, cap
     return LOG2E / temperature * cap, 1.0 / cap
 
 

@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from caop_kernels.checks import assert_fields, assert_logits, assert_rows, contiguous
+from caop_kernels.constants import SAVED_FIELDS
 from caop_kernels.launch import (
     CHUNK,
     MERGE_ROWS,
@@ -191,7 +193,7 @@ def mixture_divergence(
 
     Args:
         student_logits, teacher_logits, weights, temperature, student_softcap, teacher_softcap: as given to
-            `row_statistics`, which has checked them.
+            `row_statistics`.
         saved_statistics: [SAVED_FIELDS, N] from there; its last field is overwritten with E_s[log p_s - log m].
         beta: weight of the teacher in the mixture.
         n_cols: how many columns to compare.
@@ -222,12 +224,15 @@ def mixture_sums(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
 ) -> torch.Tensor:
-    """The sums [chunks, MIXTURE_FIELDS, N] over some columns of rows whose ``saved_statistics`` is known; as above.
+    """The sums [chunks, MIXTURE_FIELDS, N] over some columns of rows whose statistics are saved; as above.
 
     Sums of disjoint sets of columns are put together along the first axis, or added.
     """
     n_rows = student_logits.shape[0]
-    weights = None if weights is None else weights.contiguous()
+    assert_logits(n_rows, n_cols, student_logits, teacher_logits)
+    assert_fields(saved_statistics, SAVED_FIELDS, n_rows)
+    assert_rows(n_rows, student_logits.device, weights)
+    weights = contiguous(weights)
     dtype = saved_statistics.dtype
     backend = backend_of(student_logits.device)
     double = dtype == torch.float64
@@ -276,14 +281,17 @@ def finish_mixture(
 ) -> torch.Tensor:
     """D(beta) [N] of the sums [K, MIXTURE_FIELDS, N] of all columns; overwrites the last of the saved statistics."""
     n_rows = saved_statistics.shape[1]
+    assert_fields(saved_statistics, SAVED_FIELDS, n_rows)
+    sums = sums.contiguous()
+    assert_fields(sums, sums.shape[0], MIXTURE_FIELDS.value, n_rows)
     divergence = saved_statistics.new_empty(n_rows)
     if n_rows == 0:
         return divergence
     with current_device(saved_statistics.device):
         finish_mixture_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
-            sums.contiguous(),
+            sums,
             saved_statistics,
-            None if weights is None else weights.contiguous(),
+            contiguous(weights),
             divergence,
             n_rows,
             sums.shape[0],

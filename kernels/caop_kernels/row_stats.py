@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from caop_kernels.backend import require
-from caop_kernels.checks import check_labels, check_logits, check_positive, check_rows
+from caop_kernels.checks import assert_labels, assert_rows, contiguous, shared_columns
 from caop_kernels.chunk_state import chunk_states
 from caop_kernels.constants import SAVED_FIELDS, STATISTICS, STUDENT_STATISTICS
 from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps, scalings
@@ -223,25 +223,18 @@ def row_statistics(
         RowStatistics of [N] tensors in nats: float32, or float64 when an input is float64. Not differentiable.
 
     Raises:
-        TypeError, ValueError: on a bad argument; the message names it.
         RuntimeError: where the kernels cannot run (`caop_kernels.available` gives the same reason).
     """
-    n_rows, n_cols = check_logits(student_logits, teacher_logits, vocab_size)
-    check_labels(labels, student_logits)
-    check_rows("weights", weights, student_logits)
-    check_rows("beta", beta, student_logits)
-    check_positive("temperature", temperature)
-    check_positive("student_softcap", student_softcap, optional=True)
-    check_positive("teacher_softcap", teacher_softcap, optional=True)
+    n_rows, n_cols = shared_columns(student_logits, teacher_logits, vocab_size)
+    assert_labels(labels, n_rows, student_logits.device)
+    assert_rows(n_rows, student_logits.device, weights, beta)
     possible = STATISTICS if teacher_logits is not None else STUDENT_STATISTICS
     asked = set(possible if statistics is None else statistics)
-    if (not asked and beta is None and not saved_statistics) or not asked <= set(possible):
-        raise ValueError(f"statistics must name one or more of {possible}, got {tuple(statistics or ())!r}")
-    if beta is not None and teacher_logits is None:
-        raise ValueError("beta chooses between two KLs: it needs teacher_logits")
+    assert asked <= set(possible), asked
+    assert beta is None or teacher_logits is not None
     require(student_logits.device)
 
-    labels, weights, beta = (None if t is None else t.contiguous() for t in (labels, weights, beta))
+    labels, weights, beta = contiguous(labels), contiguous(weights), contiguous(beta)
     double = torch.float64 in (student_logits.dtype, None if teacher_logits is None else teacher_logits.dtype)
     dtype = torch.float64 if double else torch.float32
     if labels is None:
@@ -259,14 +252,10 @@ def row_statistics(
         | ({"saved_statistics"} if saved_statistics else set())
         | ({"forward_kl", "reverse_kl"} if beta is not None else set())
     )
-    options = {
-        "temperature": temperature,
-        "student_softcap": student_softcap,
-        "teacher_softcap": teacher_softcap,
-    }
     states = chunk_states(
-        student_logits, teacher_logits, n_cols=n_cols, dtype=dtype, asked=sums, weights=weights, **options
-    )
+        student_logits, teacher_logits, n_cols=n_cols, dtype=dtype, asked=sums, weights=weights,
+        temperature=temperature, student_softcap=student_softcap, teacher_softcap=teacher_softcap,
+    )  # fmt: skip
     with current_device(student_logits.device):
         finish_kernel[(triton.cdiv(n_rows, MERGE_ROWS),)](
             states,
@@ -281,7 +270,7 @@ def row_statistics(
             n_rows,
             states.shape[0],
             n_cols,
-            **scalings(**options),
+            **scalings(temperature, student_softcap, teacher_softcap),
             ROWS=MERGE_ROWS,
             SOFTCAP_S=student_softcap is not None,
             SOFTCAP_T=teacher_softcap is not None,

@@ -12,15 +12,16 @@ No atomics: the bits of a row depend on that row, its strides and its alignment.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from caop_kernels.backend import require
-from caop_kernels.checks import check_labels, check_logits, check_positive, check_rows
+from caop_kernels.checks import assert_labels, assert_rows, contiguous, shared_columns
 from caop_kernels.constants import MAX_LISTED, TAILS, TOPK_SAVED_FIELDS
+from caop_kernels.gradient import split_beta
 from caop_kernels.launch import backend_of, compute_type, current_device, scaling
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2
@@ -180,20 +181,13 @@ def finish_warps(backend: str, k: int) -> int:
     return max(1, min(4, lanes(k) // 64))
 
 
-def check_listed(ids: torch.Tensor, logprobs: torch.Tensor, logits: torch.Tensor) -> None:
-    """Ids [N, k] integers and log-probabilities [N, k] floating, on the device of the logits; values are not read."""
-    for name, value, kind in (("teacher_ids", ids, "integer"), ("teacher_logprobs", logprobs, "floating-point")):
-        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-        if not isinstance(value, torch.Tensor) or floating != (kind == "floating-point") or value.dtype == torch.bool:
-            raise TypeError(f"{name} must be {kind}, got {getattr(value, 'dtype', type(value).__name__)}")
-        if value.dim() != 2 or value.shape[0] != logits.shape[0] or not 1 <= value.shape[1] <= MAX_LISTED:
-            raise ValueError(f"{name} must be [{logits.shape[0]}, 1 to {MAX_LISTED}], got {tuple(value.shape)}")
-        if value.device != logits.device:
-            raise ValueError(f"{name} must be on the logits' device {logits.device}, got {value.device}")
-    if ids.shape != logprobs.shape:
-        raise ValueError(
-            f"teacher_logprobs must have the shape of teacher_ids {tuple(ids.shape)}, got {tuple(logprobs.shape)}"
-        )
+def assert_listed(n_rows: int, ids: torch.Tensor, logprobs: torch.Tensor) -> None:
+    """Ids [N, k] integers and log-probabilities [N, k] floating."""
+    assert ids.shape == logprobs.shape, (ids.shape, logprobs.shape)
+    assert ids.shape[0] == n_rows, ids.shape
+    assert 1 <= ids.shape[1] <= MAX_LISTED, ids.shape
+    assert not ids.is_floating_point(), ids.dtype
+    assert logprobs.is_floating_point(), logprobs.dtype
 
 
 def packed_ids(ids: torch.Tensor) -> torch.Tensor:
@@ -201,21 +195,23 @@ def packed_ids(ids: torch.Tensor) -> torch.Tensor:
     return (ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)).contiguous()
 
 
-def listed_constants(
+def listed_arguments(
     tail: str, beta: float | torch.Tensor, temperature: float, softcap: float | None, logprobs: torch.Tensor
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Arguments that every kernel working on a row's list takes."""
-    per_row = isinstance(beta, torch.Tensor)
+    assert tail in TAILS, tail
+    beta, beta_per_row = split_beta(beta)
+    assert_rows(logprobs.shape[0], logprobs.device, beta_per_row)
     scale, inverse_cap = scaling(temperature, softcap)
     return {
-        "beta_ptr": beta.contiguous() if per_row else None,
-        "beta": 0.0 if per_row else float(beta),
+        "beta_ptr": beta_per_row,
+        "beta": beta,
         "scale": scale,
         "inverse_cap": inverse_cap,
         "resolution": torch.finfo(logprobs.dtype).eps / 2,
         "TAIL": tail,
-        "FORWARD": per_row or beta == 0,
-        "REVERSE": per_row or beta == 1,
+        "FORWARD": beta_per_row is not None or beta == 0,
+        "REVERSE": beta_per_row is not None or beta == 1,
         "SOFTCAP": softcap is not None,
     }
 
@@ -248,34 +244,30 @@ def topk_statistics(
         vocab_size: only the first columns are the vocabulary.
 
     Raises:
-        TypeError, ValueError: on a bad argument; the message names it.
         RuntimeError: where the kernels cannot run.
     """
-    n_rows, n_cols = check_logits(student_logits, None, vocab_size)
-    check_listed(teacher_ids, teacher_logprobs, student_logits)
-    check_labels(labels, student_logits)
-    check_rows("weights", weights, student_logits)
-    check_positive("temperature", temperature)
-    check_positive("student_softcap", student_softcap, optional=True)
-    if tail not in TAILS:
-        raise ValueError(f"tail must be one of {TAILS}, got {tail!r}")
+    n_rows, n_cols = shared_columns(student_logits, None, vocab_size)
+    assert_listed(n_rows, teacher_ids, teacher_logprobs)
+    assert_labels(labels, n_rows, student_logits.device)
+    assert_rows(n_rows, student_logits.device, weights)
     require(student_logits.device)
 
     double = torch.float64 in (student_logits.dtype, teacher_logprobs.dtype)
     dtype = torch.float64 if double else torch.float32
-    found = {
-        name: None if labels is None and name.endswith("logprob") else student_logits.new_empty(n_rows, dtype=dtype)
-        for name in TopkStatistics._fields[:-1]
-    }
+    empty = [student_logits.new_empty(n_rows, dtype=dtype) for _ in range(3)]
+    student_logprob, teacher_logprob = (
+        None if labels is None else student_logits.new_empty(n_rows, dtype=dtype) for _ in range(2)
+    )
     saved_statistics = student_logits.new_zeros((TOPK_SAVED_FIELDS, n_rows), dtype=dtype)
+    found = TopkStatistics(empty[0], student_logprob, empty[1], teacher_logprob, empty[2], saved_statistics)
     if n_rows == 0:
-        return TopkStatistics(**found, saved_statistics=saved_statistics)
+        return found
 
     backend = backend_of(student_logits.device)
     k = teacher_ids.shape[1]
     ids, logprobs = packed_ids(teacher_ids), teacher_logprobs.contiguous()
-    weights = None if weights is None else weights.contiguous()
-    listed = listed_constants(tail, beta, temperature, student_softcap, logprobs)
+    weights = contiguous(weights)
+    listed = listed_arguments(tail, beta, temperature, student_softcap, logprobs)
     states = tail_states(
         student_logits, ids, weights, n_cols=n_cols, dtype=dtype, softcap=student_softcap is not None,
         scale=listed["scale"], inverse_cap=listed["inverse_cap"],
@@ -287,14 +279,14 @@ def topk_statistics(
             student_logits,
             ids,
             logprobs,
-            None if labels is None else labels.contiguous(),
+            contiguous(labels),
             weights,
-            divergence_ptr=found["divergence"],
-            student_logprob_ptr=found["student_logprob"],
-            student_entropy_ptr=found["student_entropy"],
-            teacher_logprob_ptr=found["teacher_logprob"],
-            teacher_entropy_ptr=found["teacher_entropy"],
-            saved_statistics_ptr=saved_statistics,
+            divergence_ptr=found.divergence,
+            student_logprob_ptr=found.student_logprob,
+            student_entropy_ptr=found.student_entropy,
+            teacher_logprob_ptr=found.teacher_logprob,
+            teacher_entropy_ptr=found.teacher_entropy,
+            saved_statistics_ptr=found.saved_statistics,
             chunks=chunks,
             CHUNK_BLOCK=triton.next_power_of_2(chunks),
             student_stride=student_logits.stride(0),
@@ -307,4 +299,4 @@ def topk_statistics(
             **listed,
             num_warps=finish_warps(backend, k),
         )
-    return TopkStatistics(**found, saved_statistics=saved_statistics)
+    return found

@@ -1,7 +1,7 @@
 """Gradient with respect to the student's logits against a sparse teacher.
 
-With h, p of `topk_outcomes.py`, H = sum h, q the softmax within the tail, and d, d_y, d_H what flows into divergence,
-log p_s(y) and entropy, a column's gradient (before 1/T and the softcap's derivative) is
+With h, p of `topk_outcomes.py`, H = sum h, q the softmax within the tail, and d, d_y, d_H the upstream gradients of
+divergence, log p_s(y) and entropy, a column's gradient (before 1/T and the softcap's derivative) is
 
     listed       d (h_i - p_i H) + d_y ([i = y] - p_i) - d_H p_i (log p_i + entropy)
     elsewhere    d (q_j h_tail - p_j H) + d_y ([j = y] - p_j) - d_H p_j (log p_j + entropy)
@@ -19,12 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
+from caop_kernels.checks import assert_fields, assert_labels, assert_logits, assert_rows, contiguous
+from caop_kernels.constants import TOPK_SAVED_FIELDS
 from caop_kernels.gradient import COEFFICIENT_FIELDS, logit_gradient
 from caop_kernels.launch import backend_of, compute_type, current_device
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2, chain
 from caop_kernels.tile import IGNORE_INDEX, exponents, narrow, row_logits
-from caop_kernels.topk import finish_warps, listed_constants, load_listed, packed_ids
+from caop_kernels.topk import assert_listed, finish_warps, listed_arguments, load_listed, packed_ids
 from caop_kernels.topk_outcomes import divergence_terms, student_outcomes, teacher_outcomes
 from caop_kernels.topk_tail import lanes
 
@@ -172,8 +174,14 @@ def topk_statistics_gradient(
     n_cols = n_out if vocab_size is None else vocab_size
     backend = backend_of(student_logits.device)
     ids, logprobs = packed_ids(teacher_ids), teacher_logprobs.contiguous()
-    labels = None if labels is None or grad_logprob is None else labels.contiguous()
-    weights = None if weights is None else weights.contiguous()
+    assert_logits(n_rows, n_cols, student_logits)
+    assert_listed(n_rows, ids, logprobs)
+    assert_labels(labels, n_rows, student_logits.device)
+    assert labels is not None or grad_logprob is None
+    assert_fields(saved_statistics, TOPK_SAVED_FIELDS, n_rows)
+    assert_fields(student_entropy, n_rows)
+    assert_rows(n_rows, student_logits.device, weights, grad_divergence, grad_logprob, grad_entropy)
+    labels, weights = contiguous(labels) if grad_logprob is not None else None, contiguous(weights)
     values = saved_statistics.new_empty((n_rows, k))
     coefficients = saved_statistics.new_zeros((COEFFICIENT_FIELDS, n_rows))
     upstream = [
@@ -202,7 +210,7 @@ def topk_statistics_gradient(
                 inverse_temperature=1.0 / temperature,
                 K_BLOCK=lanes(k),
                 COMPUTE=compute_type(saved_statistics.dtype),
-                **listed_constants(tail, beta, temperature, student_softcap, logprobs),
+                **listed_arguments(tail, beta, temperature, student_softcap, logprobs),
                 num_warps=finish_warps(backend, k),
             )
     out = logit_gradient(

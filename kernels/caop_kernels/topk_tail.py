@@ -148,7 +148,7 @@ def tail_states(
 ) -> torch.Tensor:
     """States [N, TAIL_FIELDS, chunks] in `dtype` of the first `n_cols` columns of logits [N, V] without ids [N, k].
 
-    Arguments are checked by the caller. Rows of weight 0 are not read, and their states hold anything.
+    Rows of weight 0 are not read, and their states hold anything.
     """
     n_rows, k = ids.shape
     config = statistics_launch(

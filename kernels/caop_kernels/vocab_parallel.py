@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from caop_kernels.backend import require
-from caop_kernels.checks import check_labels, check_logits, check_positive
+from caop_kernels.checks import assert_fields, assert_labels, contiguous, shared_columns
 from caop_kernels.chunk_state import chunk_states
 from caop_kernels.constants import SAVED_FIELDS, STATE_FIELDS, STATISTICS
 from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps, scalings
@@ -91,13 +91,13 @@ def merge_states_kernel(
 
 def _merge(
     states: torch.Tensor,
-    student_logits: torch.Tensor | None,
-    teacher_logits: torch.Tensor | None,
-    labels: torch.Tensor | None,
-    n_cols: int,
+    student_logits: torch.Tensor | None = None,
+    teacher_logits: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    n_cols: int = 0,
+    temperature: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
-    temperature: float = 1.0,
 ) -> torch.Tensor:
     n_states, fields, n_rows = states.shape
     out = states.new_empty((STATE_FIELDS, n_rows))
@@ -140,37 +140,41 @@ def row_state(
 
     labels: [N] int64 relative to the shard's first column; a label that is not among its columns is another shard's.
     """
-    n_rows, n_cols = check_logits(student_logits, teacher_logits, vocab_size)
-    check_labels(labels, student_logits)
-    check_positive("temperature", temperature)
-    check_positive("student_softcap", student_softcap, optional=True)
-    check_positive("teacher_softcap", teacher_softcap, optional=True)
+    n_rows, n_cols = shared_columns(student_logits, teacher_logits, vocab_size)
+    assert_labels(labels, n_rows, student_logits.device)
     require(student_logits.device)
     double = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
     dtype = torch.float64 if double else torch.float32
-    options = {"temperature": temperature, "student_softcap": student_softcap, "teacher_softcap": teacher_softcap}
     if n_rows == 0:
         return student_logits.new_empty((STATE_FIELDS, 0), dtype=dtype)
-    states = chunk_states(student_logits, teacher_logits, n_cols=n_cols, dtype=dtype, asked=STATISTICS, **options)
-    labels = None if labels is None else labels.contiguous()
-    return _merge(states, student_logits, teacher_logits, labels, n_cols, **options)
+    states = chunk_states(
+        student_logits, teacher_logits, n_cols=n_cols, dtype=dtype, asked=STATISTICS,
+        temperature=temperature, student_softcap=student_softcap, teacher_softcap=teacher_softcap,
+    )  # fmt: skip
+    return _merge(
+        states, student_logits, teacher_logits, contiguous(labels), n_cols, temperature, student_softcap,
+        teacher_softcap,
+    )  # fmt: skip
 
 
 def merge_states(states: torch.Tensor) -> torch.Tensor:
     """The state [STATE_FIELDS, N] of all columns, from those of disjoint shards, [S, STATE_FIELDS, N]."""
     require(states.device)
-    return _merge(states.contiguous(), None, None, None, 0)
+    states = states.contiguous()
+    assert_fields(states, states.shape[0], STATE_FIELDS, states.shape[2])
+    return _merge(states)
 
 
 def finish_state(state: torch.Tensor, labels: torch.Tensor | None = None) -> RowStatistics:
-    """The statistics of a state [STATE_FIELDS, N], and the saved_statistics that its gradient needs.
+    """The statistics of a state [STATE_FIELDS, N], and the saved statistics that its gradient needs.
 
     labels: [N] int64: log-probabilities are 0 where they are -100 and NaN where no shard held the label; None for none.
     """
     require(state.device)
-    state, n_rows = state.contiguous(), state.shape[1]
-    labels = None if labels is None else labels.contiguous()
-    outputs = {name: state.new_empty(n_rows) for name in STATISTICS}
+    state, n_rows, labels = state.contiguous(), state.shape[1], contiguous(labels)
+    assert_fields(state, STATE_FIELDS, n_rows)
+    assert_labels(labels, n_rows, state.device)
+    outputs: dict[str, torch.Tensor | None] = {name: state.new_empty(n_rows) for name in STATISTICS}
     if labels is None:
         outputs["student_logprob"] = outputs["teacher_logprob"] = None
     outputs["divergence"] = None

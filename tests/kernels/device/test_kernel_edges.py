@@ -226,44 +226,36 @@ def test_weights_change_nothing_but_which_rows_count(device):
 
 
 GOOD = {"student_logits": torch.zeros(2, 8), "teacher_logits": torch.zeros(2, 8), "labels": torch.tensor([0, 1])}
-BAD = [
-    ({"student_logits": [[0.0]]}, TypeError, "student_logits"),
-    ({"teacher_logits": torch.zeros(2, 8, dtype=torch.int32)}, TypeError, "teacher_logits"),
-    ({"student_logits": torch.zeros(8)}, ValueError, "student_logits"),
-    ({"student_logits": torch.zeros(2, 0), "teacher_logits": torch.zeros(2, 0)}, ValueError, "student_logits"),
-    ({"teacher_logits": torch.zeros(3, 8)}, ValueError, "teacher_logits"),
-    ({"teacher_logits": torch.zeros(2, 9)}, ValueError, "vocab_size"),
-    ({"teacher_logits": torch.zeros(8, 2).t()}, ValueError, "teacher_logits.*contiguous"),
-    ({"teacher_logits": torch.zeros(2, 8, device="meta")}, ValueError, "teacher_logits"),
-    ({"labels": torch.tensor([0, 1], dtype=torch.int32)}, TypeError, "labels"),
-    ({"labels": [0, 1]}, TypeError, "labels"),
-    ({"labels": torch.tensor([0, 1, 2])}, ValueError, "labels"),
-    ({"labels": torch.tensor([0, 1], device="meta")}, ValueError, "labels"),
-    ({"temperature": 0.0}, ValueError, "temperature"),
-    ({"temperature": float("nan")}, ValueError, "temperature"),
-    ({"temperature": "1"}, TypeError, "temperature"),
-    ({"temperature": None}, TypeError, "temperature"),
-    ({"student_softcap": -1.0}, ValueError, "student_softcap"),
-    ({"teacher_softcap": INF}, ValueError, "teacher_softcap"),
-    ({"vocab_size": 0}, ValueError, "vocab_size"),
-    ({"vocab_size": 9}, ValueError, "vocab_size"),
-    ({"vocab_size": 8.0}, TypeError, "vocab_size"),
-    ({"vocab_size": True}, TypeError, "vocab_size"),
-    ({"weights": torch.zeros(3)}, ValueError, "weights"),
-    ({"weights": torch.zeros(2, dtype=torch.int64)}, TypeError, "weights"),
-    ({"beta": torch.zeros(2, 1)}, ValueError, "beta"),
-    ({"beta": torch.zeros(2), "teacher_logits": None}, ValueError, "beta.*teacher_logits"),
-    ({"teacher_logits": None, "statistics": ("forward_kl",)}, ValueError, "statistics"),
-    ({"statistics": ("forward",)}, ValueError, "statistics"),
-    ({"statistics": ()}, ValueError, "statistics"),
-]
+BAD = {
+    "dtype": {"teacher_logits": torch.zeros(2, 8, dtype=torch.int32)},
+    "dimensions": {"student_logits": torch.zeros(8)},
+    "no column": {"student_logits": torch.zeros(2, 0), "teacher_logits": torch.zeros(2, 0)},
+    "rows": {"teacher_logits": torch.zeros(3, 8)},
+    "columns": {"teacher_logits": torch.zeros(2, 9)},
+    "column stride": {"teacher_logits": torch.zeros(8, 2).t()},
+    "device": {"teacher_logits": torch.zeros(2, 8, device="meta")},
+    "dtype of labels": {"labels": torch.tensor([0, 1], dtype=torch.int32)},
+    "number of labels": {"labels": torch.tensor([0, 1, 2])},
+    "device of labels": {"labels": torch.tensor([0, 1], device="meta")},
+    "temperature 0": {"temperature": 0.0},
+    "temperature NaN": {"temperature": float("nan")},
+    "softcap": {"student_softcap": -1.0},
+    "softcap 0": {"teacher_softcap": 0.0},
+    "no vocabulary": {"vocab_size": 0},
+    "vocabulary beyond the logits": {"vocab_size": 9},
+    "number of weights": {"weights": torch.zeros(3)},
+    "shape of beta": {"beta": torch.zeros(2, 1)},
+    "beta without a teacher": {"beta": torch.zeros(2), "teacher_logits": None},
+    "statistics without a teacher": {"teacher_logits": None, "statistics": ("forward_kl",)},
+    "unknown statistics": {"statistics": ("forward",)},
+}
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[f"{i}-{b[2]}" for i, b in enumerate(BAD)])
-def test_bad_input_is_refused(device, change, error, message):
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_what_would_read_out_of_bounds_or_be_silently_wrong_is_asserted(device, change):
     arguments = {
         n: a.to(device) if isinstance(a, torch.Tensor) and a.device.type != "meta" else a
         for n, a in {**GOOD, **change}.items()
     }
-    with pytest.raises(error, match=message):
+    with pytest.raises(AssertionError):
         caop_kernels.row_statistics(**arguments)
