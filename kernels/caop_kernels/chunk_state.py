@@ -146,7 +146,7 @@ def chunk_state_kernel(
 
 
 def statistics_flags(asked: Collection[str]) -> dict[str, bool]:
-    """Constexpr arguments of the kernel that compile out the sums nobody asked for."""
+    """Constexpr arguments of the kernel that compile out the sums that were not asked for."""
     return {
         "DIFFERENCE": not {"forward_kl", "reverse_kl", "saved_statistics"}.isdisjoint(asked),
         "FORWARD": "forward_kl" in asked,

@@ -117,5 +117,5 @@ def clip(x, low, high):
 
 @triton.jit
 def chain(grad, slope):
-    """The chain rule's grad * slope, and 0 where the upstream gradient is 0, though the slope be infinite or NaN."""
+    """The chain rule's grad * slope; 0 where the upstream gradient is 0, even where the slope is infinite or NaN."""
     return tl.where(grad == 0, 0.0, grad * slope)

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import caop_kernels
 import pytest
 import torch
 
@@ -151,16 +152,14 @@ def test_ids_and_labels_out_of_range_touch_nothing(device):
         wrong, wrong_labels = ids.clone(), labels.clone()
         wrong[0, 1] = wrong[3, 4] = bad
         wrong_labels[1] = bad if bad != -100 else -1
-        found = torch.ops.caop_fast.topk_rows(
-            logits, wrong, logprobs, wrong_labels, None, None, "bucket", 0.0, 1.0, None, columns, True, True, False
-        )
-        assert found[0].isnan().tolist() == [True, False, False, True]
-        assert found[1].isnan().tolist() == [True, True, False, True]
+        found = caop_kernels.topk_statistics(logits, wrong, logprobs, wrong_labels)
+        assert found.divergence.isnan().tolist() == [True, False, False, True]
+        assert found.student_logprob.isnan().tolist() == [True, True, False, True]
         # The in-place gradient is written where the guards are.
         ones = torch.ones(rows)
-        torch.ops.caop_fast.topk_gradient_(
-            logits, wrong, logprobs, wrong_labels, None, None, found[5], found[2], ones, ones, None,
-            "bucket", 0.0, 1.0, None, columns, True,
+        caop_kernels.topk_statistics_gradient(
+            logits, wrong, logprobs, wrong_labels, found.saved_statistics, found.student_entropy,
+            grad_divergence=ones, grad_logprob=ones, inplace=True,
         )  # fmt: skip
         assert logits.isnan().any(-1).tolist() == [True, True, False, True]
 
