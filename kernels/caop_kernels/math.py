@@ -62,7 +62,7 @@ def excess_series(x):
     series = tl.zeros_like(x) + EXCESS_TERMS[TERMS - 1]
     for i in tl.static_range(1, TERMS):
         series = series * x + EXCESS_TERMS[TERMS - 1 - i]
-    return x * x * series
+    return series * x * x
 
 
 @triton.jit
