@@ -12,8 +12,9 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from caop_kernels.constants import IGNORE_INDEX
 from torch import Tensor
+
+from caop_kernels.constants import IGNORE_INDEX
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")

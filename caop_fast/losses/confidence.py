@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from caop_kernels.constants import CONFIDENCE_KINDS, CONFIDENCE_SAVED_FIELDS
 from torch import Tensor
 
 from caop_fast.losses import checks
@@ -16,6 +15,7 @@ from caop_fast.losses.distillation import reduce_rows
 from caop_fast.losses.operator import Operator
 from caop_fast.losses.options import ConfidenceOptions, ExecutionConfig
 from caop_fast.losses.outputs import ConfidenceOutput
+from caop_kernels.constants import CONFIDENCE_KINDS, CONFIDENCE_SAVED_FIELDS
 
 MAX_CANDIDATES = 4096
 LOGPROB_SLACK = 1e-3  # rounding may take an honest log-probability this far above 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from caop_kernels.constants import SAVED_FIELDS
 from torch import Tensor
 
 from caop_fast.losses import checks
@@ -25,6 +24,7 @@ from caop_fast.losses.batches import (
 from caop_fast.losses.operator import GradientOperator, Operator, Overwrites
 from caop_fast.losses.options import DivergenceOptions, ExecutionConfig
 from caop_fast.losses.outputs import DistillationOutput
+from caop_kernels.constants import SAVED_FIELDS
 
 ONCE = "the distillation losses can be differentiated once: double backward through them is not supported"
 DIFFERENTIABLE = ("divergence", "student_logprob", "student_entropy")

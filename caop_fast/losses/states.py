@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from caop_kernels.constants import STATE_FIELDS
 from torch import Tensor
 
 from caop_fast.losses import checks
@@ -21,6 +20,7 @@ from caop_fast.losses.batches import DistillationBatch
 from caop_fast.losses.operator import Operator
 from caop_fast.losses.options import DivergenceOptions
 from caop_fast.losses.outputs import RowStatistics
+from caop_kernels.constants import STATE_FIELDS
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from caop_kernels.constants import TAILS, TOPK_SAVED_FIELDS
 from torch import Tensor
 
 from caop_fast.losses import checks
@@ -15,6 +14,7 @@ from caop_fast.losses.distillation import DIFFERENTIABLE, ONCE, distillation_out
 from caop_fast.losses.operator import GradientOperator, Operator, Overwrites
 from caop_fast.losses.options import ExecutionConfig, TopKOptions
 from caop_fast.losses.outputs import DistillationOutput
+from caop_kernels.constants import TAILS, TOPK_SAVED_FIELDS
 
 MAX_LISTED = 256
 # A log-sum-exp in float32 is rounded by up to 5e-4 for logits up to 1e4, so honest log-probabilities may exceed 0 by

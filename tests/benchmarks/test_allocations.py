@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from helpers import allocated
 
 RECORD = json.loads((Path(__file__).parent / "allocations.json").read_text(encoding="utf-8"))

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import interpreted
 from torch import Tensor
 
 import caop_fast
 from benchmarks.checks.check import SIZES, Check, Setting
 from benchmarks.checks.test_losses import CHECKS
 from benchmarks.records import ROOT
+from helpers import interpreted
 
 SETTING = Setting(torch.device("cpu"), "torch", SIZES["small"])
 SMALL = [check for check in CHECKS if not check.rare]

@@ -10,7 +10,6 @@ from typing import NoReturn
 
 import pytest
 import torch
-from helpers import interpreted
 
 import caop_fast
 from benchmarks import cases, command, correctness, records, supervise
@@ -19,6 +18,7 @@ from benchmarks.failures import Dead
 from benchmarks.records import Results
 from benchmarks.run import LossJob
 from benchmarks.supervise import Lifeline
+from helpers import interpreted
 
 CPU = torch.device("cpu")
 QUICKLY = ("--device", "cpu", "--selection", "tiny", "--seconds", "0.01", "--rounds", "3", "--minutes", "8")

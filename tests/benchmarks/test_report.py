@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.report_records import cells, changed, good, linear, logits, rendered, results, save, tables
 
 from benchmarks.records import FORMAT, Record, Results, load
 from benchmarks.report import page, plots, sections
@@ -18,6 +17,7 @@ from benchmarks.report.__main__ import main
 from benchmarks.report.groups import groups, largest_common, target_case
 from benchmarks.report.plots import Picture
 from benchmarks.report.tables import error, escape, number, percent, size, table
+from helpers.report_records import cells, changed, good, linear, logits, rendered, results, save, tables
 
 
 def run(folder: Path, *arguments: str) -> int:

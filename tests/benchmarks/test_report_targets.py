@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.report_records import cells, changed, good, linear, logits, rendered, results
 
 from benchmarks.report import growth, plots
 from benchmarks.report.fits import chosen, fits, line, sweeps
 from benchmarks.report.groups import groups
 from benchmarks.report.targets import targets
+from helpers.report_records import cells, changed, good, linear, logits, rendered, results
 
 
 class TestTargets:

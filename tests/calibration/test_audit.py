@@ -8,7 +8,6 @@ import re
 
 import numpy as np
 import pytest
-from helpers.audits import answered
 
 from caop_fast.calibration import calibration_metrics, paired_bootstrap
 from caop_fast.calibration.answers import ModelAnswers, read_answers
@@ -17,6 +16,7 @@ from caop_fast.calibration.counts import Answers
 from caop_fast.calibration.files import write_atomic
 from caop_fast.calibration.report import audit_table, write_report
 from caop_fast.calibration.verdict import gate
+from helpers.audits import answered
 
 QUICK = {"n_resamples": 200}
 

@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 import pytest
-from helpers.audits import answered
 
 from caop_fast.calibration.answers import AnswerFileError, Fields, ModelAnswers, read_answers, read_lines
+from helpers.audits import answered
 
 
 def lines(*records: object) -> list[bytes]:

@@ -7,11 +7,11 @@ import math
 
 import numpy as np
 import pytest
-from helpers import oracle_metrics as oracle
 
 from caop_fast.calibration import bootstrap_intervals, calibration_metrics, ece_floor, paired_bootstrap
 from caop_fast.calibration.counts import Answers, Binning
 from caop_fast.calibration.formulas import METRICS
+from helpers import oracle_metrics as oracle
 
 
 def data(n=60, seed=0, unparsed=0.1, step=20):

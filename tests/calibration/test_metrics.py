@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import oracle_metrics as oracle
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from caop_fast.calibration import (
     risk_coverage_curve,
     wilson_interval,
 )
+from helpers import oracle_metrics as oracle
 
 KEYS = [
     "n",

@@ -7,13 +7,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from helpers.audits import answered
 
 from caop_fast.calibration import page, plots
 from caop_fast.calibration.answers import ModelAnswers, Unread
 from caop_fast.calibration.audit import audit
 from caop_fast.calibration.report import audit_page
 from caop_fast.calibration.table import COLUMNS, format_table, format_value, metric_rows, printable
+from helpers.audits import answered
 
 EVIL = "</td><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\u202e\x00\ud800"
 

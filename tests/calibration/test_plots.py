@@ -8,10 +8,10 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-from helpers.audits import answered
 
 from caop_fast.calibration import calibration_metrics, plots, reliability_bins
 from caop_fast.calibration.answers import ModelAnswers
+from helpers.audits import answered
 
 pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from helpers.small_tokenizers import BUILDERS, word_level
 from transformers import PreTrainedTokenizerFast
+
+from helpers.small_tokenizers import BUILDERS, word_level
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.small_tokenizers import byte_level, word_level
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from caop_fast.calibration.parse import parse_confidence
 from caop_fast.caop import ConfidenceStyle, candidate_ids, locate_confidence, splice_confidence
+from helpers.small_tokenizers import byte_level, word_level
 
 STYLE = ConfidenceStyle()
 BPE = ["digits", "grouped", "unsplit", "metaspace"]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-from helpers.small_tokenizers import byte_level
 
 from caop_fast.calibration.parse import parse_confidence
 from caop_fast.caop import (
@@ -16,6 +15,7 @@ from caop_fast.caop import (
     encode_prompt,
     student_messages,
 )
+from helpers.small_tokenizers import byte_level
 
 DEMO = TeacherContext(template="{prompt} <example> {demonstration} {note}", note="<note> {confidence}")
 CONVERSATION = [

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from helpers.task_digest import digest
 
 from caop_fast.caop.teacher_context import student_messages
 from caop_fast.demo.task import SPLITS, Task, split_of, stable_fraction
 from caop_fast.demo.tasks import TASK_NAMES, load_task
 from caop_fast.demo.tokenizer import encode_chats, encode_texts
+from helpers.task_digest import digest
 
 TASKS = {name: load_task(name) for name in TASK_NAMES}
 

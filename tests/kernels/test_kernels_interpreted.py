@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import interpreted
 import pytest
+
+import interpreted
 
 pytest.importorskip("triton", reason="Triton is not installed: the kernels cannot be tested")
 

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import backend_runs
-import interpreted
 import pytest
 import torch
 from backend_runs import BACKENDS, BETAS, EXCLUDED_PAIRS, NEAR, OFFSETS
 from oracle import statistics
+
+import interpreted
 
 pytest.importorskip("triton", reason="Triton is not installed: there is one backend only")
 

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.opcheck import opcheck
 
 from caop_fast.calibration import calibration_metrics
 from caop_fast.calibration.counts import bin_index
@@ -15,6 +14,7 @@ from caop_fast.losses import bins
 from caop_fast.losses.batches import SoftBatch
 from caop_fast.losses.bins import calibration_bins, soft_ece
 from caop_fast.losses.options import ExecutionConfig
+from helpers.opcheck import opcheck
 
 
 def answers(n=500, seed=0):

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from caop_kernels.constants import CONFIDENCE_KINDS as KINDS
-from caop_fast import confidence_loss, confidence_loss_from_logprobs
-from helpers.opcheck import opcheck
 
+from caop_fast import confidence_loss, confidence_loss_from_logprobs
 from caop_fast.losses import confidence
 from caop_fast.losses.backends.row_blocks import CPU_BLOCK_ELEMENTS
 from caop_fast.losses.batches import ConfidenceBatch, ConfidenceGrads
 from caop_fast.losses.options import ConfidenceOptions, ExecutionConfig
+from caop_kernels.constants import CONFIDENCE_KINDS as KINDS
+from helpers.opcheck import opcheck
 
 VALUES = [0.5, 0.0, 1.0, 0.25, 0.75]
 IDS = [7, 2, 9, 4, 5]

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from helpers.opcheck import opcheck
 
 from caop_fast import token_statistics
 from caop_fast.losses import tokens
 from caop_fast.losses.batches import SavedTokens, TokenBatch, TokenGrads
 from caop_fast.losses.options import ExecutionConfig, TokenOptions
+from helpers.opcheck import opcheck
 
 
 def make(n, vocab, dtype=torch.float32, peak=3.0, seed=0):

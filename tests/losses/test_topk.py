@@ -10,7 +10,6 @@ import torch
 from topk_oracle import NAMES, make, oracle
 
 pytest.register_assert_rewrite("topk_cases", "topk_edge_cases")
-from helpers.opcheck import opcheck  # noqa: E402
 from topk_cases import *  # noqa: E402, F403
 from topk_edge_cases import *  # noqa: E402, F403
 
@@ -19,6 +18,7 @@ from caop_fast.losses.backends import row_blocks  # noqa: E402
 from caop_fast.losses.batches import DistillationGrads, SavedTopK, TopKBatch  # noqa: E402
 from caop_fast.losses.options import ExecutionConfig, TopKOptions  # noqa: E402
 from caop_fast.losses.topk import topk_distillation_loss  # noqa: E402
+from helpers.opcheck import opcheck  # noqa: E402
 
 
 @pytest.fixture

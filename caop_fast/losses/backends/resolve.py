@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import caop_kernels
 import torch
 
+import caop_kernels
 from caop_fast.losses.backends.base import Backend
 from caop_fast.losses.backends.torch import TorchBackend
 from caop_fast.losses.backends.triton import TritonBackend

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import caop_kernels
 import torch
-from caop_kernels.constants import SAVED_FIELDS
 from torch import Tensor
 
+import caop_kernels
 from caop_fast.losses.batches import (
     BinSums,
     Columns,
@@ -32,6 +31,7 @@ from caop_fast.losses.batches import (
 from caop_fast.losses.options import ConfidenceOptions, DivergenceOptions, TokenOptions, TopKOptions
 from caop_fast.losses.outputs import RowStatistics
 from caop_fast.losses.reference.divergence import choose_divergence
+from caop_kernels.constants import SAVED_FIELDS
 
 
 class TritonBackend:

@@ -35,10 +35,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from caop_kernels.constants import IGNORE_INDEX
 from torch import Tensor
 
 from caop_fast.losses.options import DivergenceOptions
+from caop_kernels.constants import IGNORE_INDEX
 
 EXCLUDED = -(2.0**100)  # where u stands for "impossible": finite, so that two such columns differ by 0
 SUPPORT_GAP = math.log(2) * 2.0**64  # a larger |u_t - u_s| means that only one side allows the column

@@ -22,12 +22,12 @@ from __future__ import annotations
 import math
 
 import torch
-from caop_kernels.constants import IGNORE_INDEX, STATE_FIELDS
 from torch import Tensor
 
 from caop_fast.losses.options import DivergenceOptions
 from caop_fast.losses.outputs import RowStatistics
 from caop_fast.losses.reference.divergence import EXCLUDED, temper
+from caop_kernels.constants import IGNORE_INDEX, STATE_FIELDS
 
 FLOOR = -(2.0**40)  # the maximum of columns that are all excluded; finite, so that m - m is 0
 SUPPORT_GAP = 2.0**64  # a larger |x| means that only one side allows the column

@@ -40,11 +40,11 @@ import math
 from typing import NamedTuple
 
 import torch
-from caop_kernels.constants import IGNORE_INDEX
 from torch import Tensor
 
 from caop_fast.losses.options import TopKOptions
 from caop_fast.losses.reference.divergence import blank_labels, temper
+from caop_kernels.constants import IGNORE_INDEX
 
 IMPOSSIBLE = -(2.0**64)  # a log-probability below this counts as -inf, so that finite masks act as -inf does
 LOWEST = -(2.0**66)  # what stands for -inf in differences: two impossible outcomes then differ by 0

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 
-import caop_kernels
 import pytest
 import torch
+
+import caop_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 

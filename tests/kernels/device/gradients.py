@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import caop_kernels
 from torch import Tensor
+
+import caop_kernels
 
 sys.path.append(str(Path(__file__).parents[2] / "losses"))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import caop_kernels
 import pytest
 import torch
 from gradients import assert_gradient, kernel_gradient, upstream
 from row_oracle import logits
+
+import caop_kernels
 
 # `gradients` puts the tests of the losses on the path.
 from column_blocks import BETAS, CUTS, TRITON, beta_of, check_blocks, check_tokens, columns_of  # isort: skip

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import caop_kernels
 import pytest
 import torch
 from memory import far_apart, forbid, guarded
 from row_oracle import FIELDS, logits, oracle
+
+import caop_kernels
 
 INF = float("inf")
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import caop_kernels
 import pytest
 import torch
 from gradients import exact_gradient, kernel_gradient, upstream
 from row_oracle import logits
+
+import caop_kernels
 
 INF, NAN = float("inf"), float("nan")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import caop_kernels.gradient
 import pytest
 import torch
 from gradients import OUTPUTS, assert_gradient, exact_gradient, kernel_gradient, upstream
 from memory import forbid, guarded
 from row_oracle import logits
+
+import caop_kernels.gradient
 
 NAN = float("nan")
 V = 3001  # odd: a whole tile of 2048 columns and a part of one

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-import caop_kernels
 import pytest
 import torch
 from row_oracle import FIELDS, logits, oracle, plain
+
+import caop_kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 KINDS = ("normal", "near", "peaked", "student_peaked", "teacher_peaked")

@@ -8,9 +8,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import caop_kernels
 import pytest
 import torch
+
+import caop_kernels
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "losses"))
 pytest.register_assert_rewrite("topk_cases", "topk_edge_cases")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import caop_kernels
 import pytest
 import torch
-from caop_kernels import tuning
-from caop_kernels.launch import statistics_launch
 from row_oracle import logits
 
+import caop_kernels
 from caop_fast import distillation_loss
+from caop_kernels import tuning
+from caop_kernels.launch import statistics_launch
 
 
 @pytest.fixture

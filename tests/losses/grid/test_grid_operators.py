@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.opcheck import opcheck
 
 from caop_fast import distillation_loss
 from caop_fast.losses import distillation
 from caop_fast.losses.batches import DistillationBatch, DistillationGrads
 from caop_fast.losses.options import DivergenceOptions, ExecutionConfig
+from helpers.opcheck import opcheck
 
 # What makes the host wait for an accelerator: reading a value, or a shape that depends on values.
 READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
