@@ -47,7 +47,7 @@ def kernel_gradient(
     coefficients = caop_kernels.distillation_coefficients(
         found.saved_statistics, n_cols=n_cols, labels=labels, beta=beta, temperature=scalars.get("temperature", 1.0),
         student_entropy=found.student_entropy,
-        **{f"d_{name}": flow.to(found.saved_statistics) for name, flow in flows.items()},
+        **{f"grad_{name}": flow.to(found.saved_statistics) for name, flow in flows.items()},
     )  # fmt: skip
     diverges = "divergence" in flows
     gradient = caop_kernels.logit_gradient(

@@ -70,7 +70,7 @@ def test_blocks_equal_the_whole(device, beta):
         torch.testing.assert_close(caop_kernels.finish_mixture(added, found.saved_statistics, beta=beta), got)
     coefficients = caop_kernels.distillation_coefficients(
         found.saved_statistics, n_cols=v, labels=labels, beta=beta, student_entropy=found.student_entropy,
-        **{f"d_{name}": flow for name, flow in flows.items()},
+        **{f"grad_{name}": flow for name, flow in flows.items()},
     )  # fmt: skip
     rows = isinstance(beta, torch.Tensor)
     parts = [
