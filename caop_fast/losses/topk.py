@@ -14,9 +14,8 @@ from caop_fast.losses.distillation import DIFFERENTIABLE, ONCE, distillation_out
 from caop_fast.losses.operator import GradientOperator, Operator, Overwrites
 from caop_fast.losses.options import ExecutionConfig, TopKOptions
 from caop_fast.losses.outputs import DistillationOutput
-from caop_kernels.constants import TAILS, TOPK_SAVED_FIELDS
+from caop_kernels.constants import MAX_LISTED, TAILS, TOPK_SAVED_FIELDS
 
-MAX_LISTED = 256
 # A log-sum-exp in float32 is rounded by up to 5e-4 for logits up to 1e4, so honest log-probabilities may exceed 0 by
 # that much.
 LOGPROB_SLACK = 1e-3
