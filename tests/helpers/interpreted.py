@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from helpers import subprocesses
+
+ROOT = subprocesses.ROOT
 
 
 def environment() -> dict[str, str]:
     """The environment of a process whose Triton functions run on CPU tensors."""
-    return {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocesses.environment(TRITON_INTERPRET="1", PYTHONWARNINGS="ignore")
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import interpreted
+from helpers import interpreted
 
 pytest.importorskip("triton", reason="Triton is not installed: the kernels cannot be tested")
 

@@ -6,15 +6,13 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
-import backend_runs
 import pytest
 import torch
-from backend_runs import BACKENDS, BETAS, EXCLUDED_PAIRS, NEAR, OFFSETS
-from oracle import statistics
 
-import interpreted
+from helpers import backend_runs, interpreted
+from helpers.backend_runs import BACKENDS, BETAS, EXCLUDED_PAIRS, NEAR, OFFSETS
+from helpers.oracle import statistics
 
 pytest.importorskip("triton", reason="Triton is not installed: there is one backend only")
 
@@ -24,7 +22,7 @@ def found() -> dict[str, dict]:
     reason = interpreted.reason_to_skip()
     if reason is not None:
         pytest.skip(reason)
-    command = [sys.executable, str(Path(backend_runs.__file__))]
+    command = [sys.executable, "-m", "helpers.backend_runs"]
     run = subprocess.run(command, env=interpreted.environment(), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)

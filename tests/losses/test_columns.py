@@ -6,7 +6,11 @@ import math
 
 import pytest
 import torch
-from column_blocks import (
+
+from caop_fast.losses.batches import Columns, DistillationBatch
+from caop_fast.losses.options import DivergenceOptions
+from caop_fast.losses.reference import states
+from helpers.column_blocks import (
     BETAS,
     CUTS,
     FIELDS,
@@ -24,11 +28,7 @@ from column_blocks import (
     grads_of,
     rows_in_blocks,
 )
-from gradient_oracle import assert_gradient, exact_gradient, upstream
-
-from caop_fast.losses.batches import Columns, DistillationBatch
-from caop_fast.losses.options import DivergenceOptions
-from caop_fast.losses.reference import states
+from helpers.gradient_oracle import assert_gradient, exact_gradient, upstream
 
 CPU = torch.device("cpu")
 

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from oracle import pairwise, plain, statistics, weighted_mean
 
 from caop_fast import distillation_loss
 from caop_fast.losses.backends import row_blocks
 from caop_fast.losses.options import DivergenceOptions
 from caop_fast.losses.reference import divergence
 from caop_fast.losses.reference.divergence import contains_neg_inf, open_block
+from helpers.oracle import pairwise, plain, statistics, weighted_mean
 
 NAMES = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5, torch.float64: 1e-12}

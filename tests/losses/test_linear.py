@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from oracle import pairwise, statistics, weighted_mean
 
 from caop_fast import distillation_loss, linear_distillation_loss
 from caop_fast.losses.linear import lm_head
+from helpers.oracle import pairwise, statistics, weighted_mean
 
 NAMES = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
 GRID = pairwise(

@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracle import log_probs
 
 from caop_fast import finish_state, merge_states, row_state
 from caop_fast.losses import states
 from caop_fast.losses.batches import DistillationBatch
 from caop_fast.losses.options import DivergenceOptions
 from helpers.opcheck import opcheck
+from helpers.oracle import log_probs
 
 CUTS = ([0, 1031], [0, 500, 1031], [0, 1, 2, 700, 703, 1031])
 

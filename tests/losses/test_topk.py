@@ -7,18 +7,16 @@ from functools import partial
 
 import pytest
 import torch
-from topk_oracle import NAMES, make, oracle
 
-pytest.register_assert_rewrite("topk_cases", "topk_edge_cases")
-from topk_cases import *  # noqa: E402, F403
-from topk_edge_cases import *  # noqa: E402, F403
-
-from caop_fast.losses import topk  # noqa: E402
-from caop_fast.losses.backends import row_blocks  # noqa: E402
-from caop_fast.losses.batches import DistillationGrads, SavedTopK, TopKBatch  # noqa: E402
-from caop_fast.losses.options import ExecutionConfig, TopKOptions  # noqa: E402
-from caop_fast.losses.topk import topk_distillation_loss  # noqa: E402
-from helpers.opcheck import opcheck  # noqa: E402
+from caop_fast.losses import topk
+from caop_fast.losses.backends import row_blocks
+from caop_fast.losses.batches import DistillationGrads, SavedTopK, TopKBatch
+from caop_fast.losses.options import ExecutionConfig, TopKOptions
+from caop_fast.losses.topk import topk_distillation_loss
+from helpers.opcheck import opcheck
+from helpers.topk_cases import *  # noqa: F403
+from helpers.topk_edge_cases import *  # noqa: F403
+from helpers.topk_oracle import NAMES, make, oracle
 
 
 @pytest.fixture

@@ -35,12 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.kernel_resources", description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=["sm_80", "sm_90"])
     parser.add_argument("--variant", default="", help="only variants whose name contains this")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only variants of these names")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args(arguments)
 
     chosen = {variant.name: variant for variant in variants() if options.variant in variant.name}
     if not chosen:
         parser.error(f"no variant's name contains {options.variant!r}")
+    if options.variants is not None:
+        if unknown := set(options.variants) - set(chosen):
+            parser.error(f"no variant is called {', '.join(sorted(unknown))}")
+        chosen = {name: chosen[name] for name in options.variants}
     table = survey(list(chosen), options.target)
     if options.json:
         import triton

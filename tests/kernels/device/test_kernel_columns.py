@@ -6,13 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from gradients import assert_gradient, kernel_gradient, upstream
-from row_oracle import logits
 
 import caop_kernels
+from helpers.kernel_gradients import assert_gradient, kernel_gradient, upstream
+from helpers.row_oracle import logits
 
 # `gradients` puts the tests of the losses on the path.
-from column_blocks import BETAS, CUTS, TRITON, beta_of, check_blocks, check_tokens, columns_of  # isort: skip
+from helpers.column_blocks import BETAS, CUTS, TRITON, beta_of, check_blocks, check_tokens, columns_of  # isort: skip
 
 CHUNKED = (0, 16390, 16391, 20000)  # the first block has two chunks of columns, the next a single column
 SOFTCAPS = {"student_softcap": 9.0, "teacher_softcap": 5.0}

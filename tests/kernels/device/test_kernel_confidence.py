@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from confidence_oracle import KINDS, log_p, mixed_gradient, scores
 
 from caop_fast.losses.confidence import confidence_loss, confidence_loss_from_logprobs
+from helpers.confidence_oracle import KINDS, log_p, mixed_gradient, scores
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()}
@@ -132,7 +132,7 @@ def test_error_is_that_of_plain_pytorch(device, kind, place, dtype):
     q = (logp - inside[:, None]).exp()
     expected = (q * values).sum(-1)
     if kind == "cross_entropy":
-        from confidence_oracle import hat_weights
+        from helpers.confidence_oracle import hat_weights
 
         mass = torch.tensor([hat_weights(values, y) for y in target.tolist()], device=device)
         score = -(mass * (logp - inside[:, None])).sum(-1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from memory import far_apart, forbid, guarded
-from row_oracle import FIELDS, logits, oracle
 
 import caop_kernels
+from helpers.guarded_memory import far_apart, forbid, guarded
+from helpers.row_oracle import FIELDS, logits, oracle
 
 INF = float("inf")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gradients import OUTPUTS, assert_gradient, exact_gradient, kernel_gradient, upstream
-from memory import far_apart, forbid, guarded
-from row_oracle import logits
+
+from helpers.guarded_memory import far_apart, forbid, guarded
+from helpers.kernel_gradients import OUTPUTS, assert_gradient, exact_gradient, kernel_gradient, upstream
+from helpers.row_oracle import logits
 
 INF, NAN = float("inf"), float("nan")
 BETAS = (0.0, 0.3, 1.0, "rows")

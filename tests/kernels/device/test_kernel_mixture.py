@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gradients import exact_gradient, kernel_gradient, upstream
-from row_oracle import logits
 
 import caop_kernels
+from helpers.kernel_gradients import exact_gradient, kernel_gradient, upstream
+from helpers.row_oracle import logits
 
 INF, NAN = float("inf"), float("nan")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gradients import OUTPUTS, assert_gradient, exact_gradient, kernel_gradient, upstream
-from memory import forbid, guarded
-from row_oracle import logits
 
 import caop_kernels.gradient
+from helpers.guarded_memory import forbid, guarded
+from helpers.kernel_gradients import OUTPUTS, assert_gradient, exact_gradient, kernel_gradient, upstream
+from helpers.row_oracle import logits
 
 NAN = float("nan")
 V = 3001  # odd: a whole tile of 2048 columns and a part of one

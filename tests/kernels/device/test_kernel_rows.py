@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from row_oracle import FIELDS, logits, oracle, plain
 
 import caop_kernels
+from helpers.row_oracle import FIELDS, logits, oracle, plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 KINDS = ("normal", "near", "peaked", "student_peaked", "teacher_peaked")

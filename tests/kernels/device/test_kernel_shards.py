@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from row_oracle import FIELDS, logits, oracle
 
 from caop_fast import finish_state, merge_states, row_state
+from helpers.row_oracle import FIELDS, logits, oracle
 
 
 def sharded(student, teacher, labels, cuts, *, merge="triton", **options):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from row_oracle import logits
 
 from caop_fast import token_statistics
+from helpers.row_oracle import logits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 CASES = [

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 import caop_kernels
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "losses"))
-pytest.register_assert_rewrite("topk_cases", "topk_edge_cases")
-
-from topk_cases import *  # noqa: E402, F403
-from topk_edge_cases import *  # noqa: E402, F403
-from topk_oracle import NAMES, make, oracle  # noqa: E402
-
-from caop_fast.losses.topk import topk_distillation_loss  # noqa: E402
+from caop_fast.losses.topk import topk_distillation_loss
+from helpers.topk_cases import *  # noqa: F403
+from helpers.topk_edge_cases import *  # noqa: F403
+from helpers.topk_oracle import NAMES, make, oracle
 
 pytestmark = pytest.mark.usefixtures("fused_multiply_add")
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from row_oracle import logits
 
 import caop_kernels
 from caop_fast import distillation_loss
 from caop_kernels import tuning
 from caop_kernels.launch import statistics_launch
+from helpers.row_oracle import logits
 
 
 @pytest.fixture

@@ -7,15 +7,12 @@ TRITON_INTERPRET=1, which `test_grid_interpreted.py` sets in a process of its ow
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-sys.path.append(str(Path(__file__).parents[2] / "kernels" / "device"))  # row_oracle, fused
 
 
 class Place(NamedTuple):
@@ -48,8 +45,9 @@ def nearest_bfloat16() -> None:
     """Store bfloat16 rounded to the nearest, as GPUs do; the interpreter cuts."""
     if not INTERPRETED:
         return
-    from fused import nearest_bfloat16
     from triton.runtime.interpreter import InterpreterBuilder
+
+    from helpers.interpreter_rounding import nearest_bfloat16
 
     InterpreterBuilder.cast_impl = nearest_bfloat16(InterpreterBuilder.cast_impl)
 
@@ -59,7 +57,8 @@ def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round a multiply-add once, as GPUs do; the interpreter rounds the product first, which shows at large logits."""
     if not INTERPRETED:
         return
-    from fused import create_fma
     from triton.runtime.interpreter import InterpreterBuilder
+
+    from helpers.interpreter_rounding import create_fma
 
     monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from cases import AXES, DTYPES, VOCABS, complaints, grid, make
-from oracle import pairwise
+
+from helpers.grid_cases import AXES, DTYPES, VOCABS, complaints, grid, make
+from helpers.oracle import pairwise
 
 
 @pytest.mark.parametrize("vocab", VOCABS)

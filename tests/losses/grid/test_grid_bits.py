@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from row_oracle import logits
 
 from caop_fast import distillation_loss
+from helpers.row_oracle import logits
 
 # Aligned bfloat16 (V divisible by 16), odd strides, and two chunks of columns.
 SHAPES = ((1024, torch.bfloat16), (1031, torch.float32), (17000, torch.float32))

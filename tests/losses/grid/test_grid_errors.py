@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES
-from oracle import pairwise, statistics
-from row_oracle import logits
 from torch import Tensor
 from torch.nn.functional import kl_div
 
 from caop_fast import distillation_loss
+from helpers.grid_cases import DTYPES
+from helpers.oracle import pairwise, statistics
+from helpers.row_oracle import logits
 
 pytestmark = pytest.mark.usefixtures("fused_multiply_add")
 ROWS = 64

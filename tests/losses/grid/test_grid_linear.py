@@ -6,7 +6,6 @@ import zlib
 
 import pytest
 import torch
-from oracle import pairwise, statistics, weighted_mean
 from torch import Tensor
 
 from caop_fast import (
@@ -17,6 +16,7 @@ from caop_fast import (
     linear_topk_distillation_loss,
 )
 from caop_fast.losses.linear import chunking
+from helpers.oracle import pairwise, statistics, weighted_mean
 
 FIELDS = ("divergence", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}

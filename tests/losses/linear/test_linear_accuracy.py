@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import statistics
 from torch import Tensor
 
 from caop_fast import linear_distillation_loss, linear_distillation_rows
+from helpers.oracle import statistics
 
 N, V, H = 64, 4096, 64
 

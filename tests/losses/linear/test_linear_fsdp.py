@@ -7,7 +7,8 @@ two ranks, "hsdp" one of 2 x 2: two copies of two shards.
 from __future__ import annotations
 
 import pytest
-from spawned import Found, healthy, run
+
+from helpers.ranks import Found, healthy, run
 
 WAYS = ("balanced", "min", "shared", "rows", "tokens", "topk", "confidence")
 KINDS = ("fsdp", "hsdp")
@@ -16,7 +17,7 @@ TRAINING = ("inside-mean", "inside-sum", "outside-mean", "outside-sum")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return run("fsdp_runs.py", 4, tmp_path_factory.mktemp("fsdp"))
+    return run("helpers.fsdp_runs", 4, tmp_path_factory.mktemp("fsdp"))
 
 
 def exchanged(found: Found, name: str) -> tuple[dict[str, int], dict[str, int]]:

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import pytest
-from sharded_cases import DISTILLATION, VOCAB, WAYS, all_cases, interpreted_cases, rows_per_rank
-from spawned import Found, healthy, run
 
-import interpreted
+from helpers import interpreted
+from helpers.ranks import Found, healthy, run
+from helpers.sharded_cases import DISTILLATION, VOCAB, WAYS, all_cases, interpreted_cases, rows_per_rank
 
 STATE = 12  # numbers per token that a rank gives away
 MIXTURE = 2  # and those of an interior divergence
@@ -28,7 +28,7 @@ TWICE = [
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return run("sharded_runs.py", 4, tmp_path_factory.mktemp("sharded"))
+    return run("helpers.sharded_runs", 4, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def found_interpreted(tmp_path_factory: pytest.TempPathFactory) -> Found:
     if (reason := interpreted.reason_to_skip()) is not None:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("interpreted")
-    return run("sharded_runs.py", 2, folder, interpreted.environment())
+    return run("helpers.sharded_runs", 2, folder, interpreted.environment())
 
 
 @pytest.mark.parametrize("name", [case.name for case in all_cases()])

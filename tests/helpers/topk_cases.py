@@ -10,8 +10,9 @@ import math
 
 import pytest
 import torch
-from oracle import pairwise, weighted_mean
-from topk_oracle import NAMES, make, oracle, plain
+
+from helpers.oracle import pairwise, weighted_mean
+from helpers.topk_oracle import NAMES, make, oracle, plain
 
 INF = math.inf
 TAILS = ("bucket", "renormalize", "ignore")

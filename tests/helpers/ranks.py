@@ -22,8 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
+from helpers import subprocesses
+
 DEADLINE = 120  # seconds for all ranks
 PATIENCE = timedelta(seconds=20)  # of a collective that not all ranks take part in
 
@@ -32,17 +32,20 @@ Found = list[dict[str, Any]]  # {case: what it found} of each rank
 
 
 def run(script: str, n_ranks: int, folder: Path, environment: dict[str, str] | None = None) -> Found:
-    """What the ranks found; fails rather than waits for ranks that wait for each other."""
-    environment = dict(os.environ if environment is None else environment)
-    paths = [str(HERE.parent), str(HERE.parents[1]), environment.get("PYTHONPATH", "")]
-    environment |= {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
+    """What the ranks of the module ``script`` found; fails rather than waits for ranks that wait for each other."""
+    environment = subprocesses.environment() if environment is None else dict(environment)
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     log = folder / "log.txt"
     with open(log, "w") as output:
-        command = [sys.executable, str(HERE / script), str(folder), str(n_ranks)]
+        command = [sys.executable, "-m", script, str(folder), str(n_ranks)]
         first = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=subprocesses.ROOT,
+            start_new_session=True,
         )
         with suppress(subprocess.TimeoutExpired):
             first.wait(DEADLINE)

@@ -15,7 +15,19 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from sharded_cases import (
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from caop_fast import (
+    VocabularyShards,
+    linear_confidence_loss,
+    linear_distillation_loss,
+    linear_token_statistics,
+    linear_topk_distillation_loss,
+)
+from caop_fast.losses.linear import chunking
+from helpers.ranks import report
+from helpers.sharded_cases import (
     DISTILLATION,
     WAYS,
     Case,
@@ -28,18 +40,6 @@ from sharded_cases import (
     make,
     trouble,
 )
-from spawned import report
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-
-from caop_fast import (
-    VocabularyShards,
-    linear_confidence_loss,
-    linear_distillation_loss,
-    linear_token_statistics,
-    linear_topk_distillation_loss,
-)
-from caop_fast.losses.linear import chunking
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from oracle import log_probs, statistics
 from torch import Tensor
+
+from helpers.oracle import log_probs, statistics
 
 OUTPUTS = ("divergence", "logprob", "entropy", "lse")
 

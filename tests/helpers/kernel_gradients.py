@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 import caop_kernels
-
-sys.path.append(str(Path(__file__).parents[2] / "losses"))
-
-from gradient_oracle import OUTPUTS, assert_gradient, exact_gradient, upstream
+from helpers.gradient_oracle import OUTPUTS, assert_gradient, exact_gradient, upstream
 
 __all__ = ["OUTPUTS", "assert_gradient", "exact_gradient", "kernel_gradient", "upstream"]
 

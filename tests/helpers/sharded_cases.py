@@ -8,8 +8,6 @@ import random
 from typing import Any, NamedTuple
 
 import torch
-from oracle import statistics, weighted_mean
-from topk_oracle import oracle as topk_truth
 from torch import Tensor
 
 from caop_fast import (
@@ -20,6 +18,8 @@ from caop_fast import (
     linear_token_statistics,
     linear_topk_distillation_loss,
 )
+from helpers.oracle import statistics, weighted_mean
+from helpers.topk_oracle import oracle as topk_truth
 
 N, H, H_T, VOCAB = 7, 6, 5, 29
 MORE = 4  # rows that only the teacher has

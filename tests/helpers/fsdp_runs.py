@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sharded_cases import IDS, VALUES
-from spawned import report
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,6 +25,8 @@ from caop_fast import (
     linear_token_statistics,
     linear_topk_distillation_loss,
 )
+from helpers.ranks import report
+from helpers.sharded_cases import IDS, VALUES
 
 N, H, VOCAB = 7, 6, 29  # 15 and 14 rows
 STEPS = 4

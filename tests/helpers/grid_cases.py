@@ -7,9 +7,10 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from oracle import log_probs, pairwise, statistics, weighted_mean
-from row_oracle import logits
 from torch import Tensor
+
+from helpers.oracle import log_probs, pairwise, statistics, weighted_mean
+from helpers.row_oracle import logits
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCABS = (8, 1000, 1031, 32000)  # 32000: two chunks of columns

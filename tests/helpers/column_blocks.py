@@ -5,8 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from gradient_oracle import assert_gradient, exact_gradient, upstream
-from oracle import statistics
 from torch import Tensor
 
 from caop_fast.losses.backends.base import Backend
@@ -21,6 +19,8 @@ from caop_fast.losses.batches import (
     TokenGrads,
 )
 from caop_fast.losses.options import DivergenceOptions, TokenOptions
+from helpers.gradient_oracle import assert_gradient, exact_gradient, upstream
+from helpers.oracle import statistics
 
 V = 1031
 CUTS = ((0, 700, V), (0, 1, 430, V))  # one column alone is a block, too

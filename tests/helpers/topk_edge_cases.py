@@ -9,7 +9,8 @@ import math
 
 import pytest
 import torch
-from topk_oracle import NAMES, make, oracle
+
+from helpers.topk_oracle import NAMES, make, oracle
 
 INF = math.inf
 TAILS = ("bucket", "renormalize", "ignore")

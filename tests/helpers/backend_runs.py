@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,9 +90,9 @@ def everything() -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "device"))
-    from fused import create_fma
     from triton.runtime.interpreter import InterpreterBuilder
+
+    from helpers.interpreter_rounding import create_fma
 
     InterpreterBuilder.create_fma = create_fma
     print(json.dumps(everything()))
