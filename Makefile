@@ -1,13 +1,14 @@
 # Everything happens in .venv, which each target sets up for itself; nothing but python3, pip and make is needed.
-#   make demo        the whole story on a small real task, a few minutes on a CPU
-#   make test        the test suite (a few minutes; ARGS='-m "not slow"' leaves the compiler out)
-#   make test-full   the grid of the distillation losses' options in full instead of a pairwise cover: 1620 combinations
-#                    on both backends, the kernels in Triton's interpreter (about 15 minutes)
-#   make plant-errors  plants errors in a copy and demands that a test fails for each
-#   make lint        ruff
-#   make bench-quick every benchmark suite on this CPU beside PyTorch, torch.compile, TRL, Liger and CCE, in two minutes
-#   make bench-cpu   the recorded table of a CPU (about half an hour on a machine with nothing else to do)
-#   make report      benchmarks/RESULTS.md and its plots from benchmarks/results/*.json
+#   make demo          the whole story on a small real task, a few minutes on a CPU
+#   make test          the test suite on all cores (about ten minutes on two)
+#   make test-full     all of it: every combination of the losses' options, every kernel variant for every target, the
+#                      GPU benchmark command in Triton's interpreter, each benchmark beside its peers (over an hour)
+#   make lint          ruff, mypy, and the directions of imports
+#   make format        ruff, changing files
+#   make plant-errors  plants errors in a copy of the project and demands that a test fails for each
+#   make bench-quick   every benchmark suite on this CPU beside PyTorch, torch.compile, TRL, Liger and CCE, in minutes
+#   make bench-cpu     the recorded table of a CPU (about half an hour on a machine with nothing else to do)
+#   make report        benchmarks/RESULTS.md and its plots from benchmarks/results/*.json
 # Options: PYTHON=python3.12, PIP_ARGS="..." (passed to pip), ARGS="..." (passed to the demo or to pytest).
 
 PYTHON   ?= python3
@@ -15,6 +16,7 @@ PIP_ARGS ?=
 ARGS     ?=
 VENV     := .venv
 PY       := $(VENV)/bin/python
+XDIST    := -n auto --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-full plant-errors lint format bench-quick bench-cpu report clean
 
@@ -22,17 +24,19 @@ demo: $(VENV)/.has-demo
 	$(PY) -m caop_fast.cli demo $(ARGS)
 
 test: $(VENV)/.has-dev
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(XDIST) -m "not slow" $(ARGS)
 
-test-full: $(VENV)/.has-dev
-	$(PY) -m pytest tests/losses/grid tests/losses/test_grid_interpreted.py --full-grid $(ARGS)
+test-full: $(VENV)/.has-dev bench-quick
+	$(PY) -m pytest $(XDIST) --full-grid $(ARGS)
 
 plant-errors: $(VENV)/.has-dev
-	$(PY) tests/plant_errors.py $(ARGS)
+	$(PY) -m tools.plant_errors $(ARGS)
 
 lint: $(VENV)/.has-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.has-dev
 	$(PY) -m ruff check --fix .
@@ -48,7 +52,7 @@ report: $(VENV)/.has-bench
 	$(PY) -m benchmarks.report $(ARGS)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache build dist
 
 # Debian's python3 comes without ensurepip, so the environment is made without pip and the outer pip, however old, puts
 # a recent one into it. The stamp comes last: a setup that was interrupted is repaired by the next make.

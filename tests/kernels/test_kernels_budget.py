@@ -30,7 +30,7 @@ TARGETS = ("sm_90", *AMD)
 ALL_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", *AMD)
 BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text())
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 class Measured(NamedTuple):

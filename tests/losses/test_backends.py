@@ -37,7 +37,7 @@ def double(values) -> torch.Tensor:
 @pytest.mark.parametrize("near", NEAR)
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_a_common_offset_costs_no_digits(found, offset, near, beta, backend):
-    """At 1e4 the log-sum-exp is rounded by 5e-4: as the saved_statistics of a near-equal row's gradient it would ruin it."""
+    """At 1e4 the log-sum-exp is rounded by 5e-4: a gradient of near rows cannot rest on it."""
     got = found["near"][str((offset, near, beta))][backend]
     student, teacher = backend_runs.near_rows(offset, near)
     student = student.double().requires_grad_()
