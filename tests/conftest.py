@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if (part := config.getoption("--part")) is not None:
         index, count = (int(number) for number in part.split("/"))
         items[:] = items[index::count]
-    # A file's tests share fixtures that are costly to make, so one worker takes them together; tests marked `spread` are
+    # A file's tests share fixtures that are costly to make, so one worker takes them together; those marked `spread` are
     # independent. What takes long comes first, so that no worker is left with it at the end.
     for item in items:
         if item.get_closest_marker("spread") is None:

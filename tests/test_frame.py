@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.public_api import public_api
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -86,20 +88,51 @@ def test_the_heavy_packages_are_extras():
         assert re.search(rf"^{extra} = \[", text, re.MULTILINE), extra
 
 
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
+
+
+def test_public_names_and_signatures_are_those_of_the_record():
+    assert public_api() == json.loads((ROOT / "tests" / "public_api.json").read_text(encoding="utf-8"))
+
+
+def layout_paths(tree: str) -> list[str]:
+    """The files and folders that a layout names; a line's folder holds the files its description names."""
+    found, parents = [], {}  # parents: {indentation: folder}
+    folder = ""
+    for line in tree.splitlines():
+        names = re.findall(r"[\w/]+(?:\.py|/)(?=[\s,)]|$)", line)
+        indentation = len(line) - len(line.lstrip())
+        if indentation < 20:  # further in: the description above goes on
+            above = "".join(parents[i] for i in sorted(parents) if i < indentation)
+            folder = above
+            if names and names[0].endswith("/"):
+                parents = {i: name for i, name in parents.items() if i < indentation} | {indentation: names[0]}
+                folder = above + names[0]
+                found.append(folder)
+                names = names[1:]
+        found += [folder + name for name in names]
+    return found
+
+
 class TestReadme:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
 
-    @pytest.mark.parametrize("page", ["README.md", "docs/linear_losses.md"])
+    @pytest.mark.parametrize("page", PAGES)
     def test_its_code_runs(self, page, tmp_path):
-        """Blocks that import what they use; others show a part of a larger program."""
-        blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-        blocks = [block for block in blocks if block.startswith("import")]
-        assert blocks
-        for block in blocks:
+        """Every Python block by itself, but for those marked `untested`, which the page says."""
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert text.count("```python untested") == text.count("**not tested here**")
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
             done = subprocess.run(
                 [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False
             )
-            assert done.returncode == 0, done.stderr
+            assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+    def test_every_path_of_its_layout_exists(self):
+        tree = re.search(r"## Repository layout.*?```\w*\n(.*?)```", self.text, re.DOTALL).group(1)
+        named = layout_paths(tree)
+        assert len(named) > 20
+        assert [path for path in named if not (ROOT / path).exists()] == []
 
     def test_every_file_it_names_exists(self):
         for target in re.findall(r"\]\(([^)#]+)\)", self.text):

@@ -71,13 +71,13 @@ class VocabularyShards:
         self.student_rows: tuple[int, ...] = tuple(student)
         self.teacher_rows: tuple[int, ...] = tuple(teacher)
 
-    def layout(self, vocab_size: int | None, rows: dict[str, int]) -> VocabularyLayout:
+    def layout(self, vocab_size: int | None, held: dict[str, int]) -> VocabularyLayout:
         """Which ids are compared where, given this rank's rows by argument, the student's head first."""
-        sizes = dict(zip(rows, (self.student_rows, self.teacher_rows), strict=False))
+        sizes = dict(zip(held, (self.student_rows, self.teacher_rows), strict=False))
         for name, promised in sizes.items():
-            if rows[name] != promised[self.rank]:
+            if held[name] != promised[self.rank]:
                 raise ValueError(
-                    f"{name} has {rows[name]} rows on rank {self.rank}, but process_group was told of "
+                    f"{name} has {held[name]} rows on rank {self.rank}, but process_group was told of "
                     f"{promised[self.rank]}"
                 )
         return VocabularyLayout(self.name, self.rank, _compared_sizes(sizes, vocab_size))
