@@ -29,8 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if (part := config.getoption("--part")) is not None:
         index, count = (int(number) for number in part.split("/"))
         items[:] = items[index::count]
-    # A file's tests share fixtures that are costly to make, so one worker takes them together; those marked `spread` are
-    # independent. What takes long comes first, so that no worker is left with it at the end.
+    # A file's tests share fixtures that are costly to make, so one worker takes them together; those marked `spread`
+    # are independent. What takes long comes first, so that no worker is left with it at the end.
     for item in items:
         if item.get_closest_marker("spread") is None:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
