@@ -45,6 +45,7 @@ WAYS = {
     "min": (linear_distillation_loss, {"memory": "min"}),
     "rows": (linear_distillation_rows, {}),
 }
+CHUNKS = {"balanced": 20, "min": 500, "rows": 20}  # of 64 tokens; with "min", of 4096 ids
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -102,9 +103,9 @@ def test_equal_calls_give_equal_bits(way, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        first = gradients(call, *models, beta=0.3, chunk_size=20, **options)
-        gradients(call, *others, beta=0.3, chunk_size=20, **options)
-        again = gradients(call, *models, beta=0.3, chunk_size=20, **options)
+        first = gradients(call, *models, beta=0.3, chunk_size=CHUNKS[way], **options)
+        gradients(call, *others, beta=0.3, chunk_size=CHUNKS[way], **options)
+        again = gradients(call, *models, beta=0.3, chunk_size=CHUNKS[way], **options)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -115,11 +116,9 @@ def test_a_head_that_serves_both_is_the_same_as_two():
     h_s, w, _, _ = close_models(0.3, torch.bfloat16)
     h_t = h_s + 0.1 * torch.randn(h_s.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
     bias = torch.randn(V, generator=torch.Generator().manual_seed(4)).bfloat16()
-    options = {
-        "beta": 0.3, "teacher_bias": bias, "student_scale": 0.5, "teacher_softcap": 9.0, "chunk_size": 30,
-    }  # fmt: skip
-    for call, more in WAYS.values():
-        more = {**options, **more} if more else options
+    options = {"beta": 0.3, "teacher_bias": bias, "student_scale": 0.5, "teacher_softcap": 9.0}
+    for way, (call, more) in WAYS.items():
+        more = {**options, **more, "chunk_size": CHUNKS[way]}
         together = gradients(call, h_s, w, h_t, w, **more)
         leaves = [h_s.clone().requires_grad_(), w.clone().requires_grad_()]
         out = call(leaves[0], leaves[1], h_t, leaves[1], **more)  # the very same tensor, as with a tied or frozen head
