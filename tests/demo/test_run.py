@@ -138,7 +138,7 @@ if __name__ == "__main__":
 """
 
 
-def group_ends(group: int, seconds: float = 20.0) -> bool:
+def group_ends(group: int, seconds: float = 120.0) -> bool:
     """Whether every process of the group ends; multiprocessing's own helper takes a moment after its parent."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-HANG_SECONDS = 60.0  # of this process's own CPU time, so that a busy machine does not count
+HANG_SECONDS = 30.0  # of this process's own CPU time, so that a busy machine does not count
 
 
 @contextlib.contextmanager
