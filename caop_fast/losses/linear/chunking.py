@@ -210,13 +210,16 @@ def over_vocabulary_blocks(
             if grads.hidden is not None:
                 add_hidden_gradient(grads.hidden, gradient, head)
             if grads.weight is not None:
-                part = weight_gradient(gradient, other, dtype)
-                grads.weight[ids].copy_(part if factor is None else part.mul_(factor))
+                _write(weight_gradient(gradient, other, dtype), grads.weight[ids], factor)
             if grads.bias is not None:
-                part = gradient.sum(0, dtype=dtype)
-                grads.bias[ids] = part if factor is None else part * factor
+                _write(gradient.sum(0, dtype=dtype), grads.bias[ids], factor)
         if factor is not None and grads.hidden is not None:
             grads.hidden.mul_(factor)
+
+
+def _write(part: Tensor, out: Tensor, factor: Tensor | None) -> None:
+    """A block's gradient, rounded to the dtype of ``out``. Only here, or it would be held while the next one is made."""
+    out.copy_(part if factor is None else part.mul_(factor))
 
 
 def _narrows(config: LinearConfig, grads: ProjectionGrads) -> bool:
