@@ -16,7 +16,7 @@ PIP_ARGS ?=
 ARGS     ?=
 VENV     := .venv
 PY       := $(VENV)/bin/python
-XDIST    := -n auto --dist loadgroup --no-loadscope-reorder
+XDIST    := -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-full plant-errors lint format bench-quick bench-cpu report clean
 

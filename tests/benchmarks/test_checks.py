@@ -17,6 +17,8 @@ from benchmarks.checks.test_losses import CHECKS
 from benchmarks.records import ROOT
 from helpers import interpreted
 
+pytestmark = pytest.mark.long
+
 SETTING = Setting(torch.device("cpu"), "torch", SIZES["small"])
 SMALL = [check for check in CHECKS if not check.rare]
 FUNCTIONS = tuple(name for name in caop_fast.__all__ if name.islower() and name.isidentifier() and name[0] != "_")

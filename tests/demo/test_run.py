@@ -138,6 +138,9 @@ if __name__ == "__main__":
 """
 
 
+pytestmark = pytest.mark.long
+
+
 def group_ends(group: int, seconds: float = 120.0) -> bool:
     """Whether every process of the group ends; multiprocessing's own helper takes a moment after its parent."""
     deadline = time.monotonic() + seconds

@@ -6,7 +6,6 @@ import functools
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,6 @@ def reason_to_skip() -> str | None:
     code = "import caop_kernels; print(caop_kernels.available('cpu') or '')"
     run = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     return run.stdout.strip() or None
-
-
-def parts(files: Sequence[str], counts: Mapping[str, int]) -> list[tuple[str, str]]:
-    """(file, "i/n") for each of the n parts of every file, one where ``counts`` does not say; those of many first."""
-    found = [(file, f"{i}/{counts.get(file, 1)}") for file in files for i in range(counts.get(file, 1))]
-    return sorted(found, key=lambda item: -counts.get(item[0], 1))
 
 
 def run(file: Path, xml: Path, *arguments: str) -> dict[str, str]:

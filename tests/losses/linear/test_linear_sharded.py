@@ -11,6 +11,8 @@ from helpers import interpreted
 from helpers.ranks import Found, healthy, run
 from helpers.sharded_cases import DISTILLATION, VOCAB, WAYS, all_cases, interpreted_cases, rows_per_rank
 
+pytestmark = pytest.mark.long
+
 STATE = 12  # numbers per token that a rank gives away
 MIXTURE = 2  # and those of an interior divergence
 TWICE = [
