@@ -218,7 +218,7 @@ def over_vocabulary_blocks(
 
 
 def _write(part: Tensor, out: Tensor, factor: Tensor | None) -> None:
-    """A block's gradient, rounded to the dtype of ``out``. Only here, or it would be held while the next one is made."""
+    """A block's gradient, rounded to the dtype of ``out``. Not inline: it would be held while the next one is made."""
     out.copy_(part if factor is None else part.mul_(factor))
 
 
