@@ -15,7 +15,7 @@ from caop_fast import (
     linear_token_statistics,
     linear_topk_distillation_loss,
 )
-from caop_fast.losses.backends.row_blocks import UnmaskedRows
+from caop_fast.losses.backends.masked_rows import UnmaskedRows
 
 LINEAR = ("balanced", "min", "rows", "tokens", "topk", "confidence")
 

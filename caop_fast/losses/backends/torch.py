@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.backends.row_blocks import UnmaskedRows, row_blocks, take
+from caop_fast.losses.backends.masked_rows import UnmaskedRows
+from caop_fast.losses.backends.row_blocks import row_blocks, take
 from caop_fast.losses.batches import (
     BinSums,
     Columns,

@@ -17,8 +17,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from caop_fast.losses.backends.masked_rows import UnmaskedRows
 from caop_fast.losses.backends.resolve import get_backend
-from caop_fast.losses.backends.row_blocks import UnmaskedRows
 from caop_fast.losses.batches import ConfidenceRows, DistillationRows, TokenRows
 from caop_fast.losses.linear.config import LinearConfig, NeedsGrad
 from caop_fast.losses.linear.lm_head import (

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from caop_fast.losses import checks
+from caop_fast.losses.backends.masked_rows import UnmaskedRows
 from caop_fast.losses.backends.resolve import get_backend
-from caop_fast.losses.backends.row_blocks import UnmaskedRows, take
+from caop_fast.losses.backends.row_blocks import take
 from caop_fast.losses.batches import ConfidenceBatch, ConfidenceGrads, ConfidenceRows
 from caop_fast.losses.confidence import (
     DIFFERENTIABLE,

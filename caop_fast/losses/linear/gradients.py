@@ -13,7 +13,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from caop_fast.losses.backends.row_blocks import UnmaskedRows, take
+from caop_fast.losses.backends.masked_rows import UnmaskedRows
+from caop_fast.losses.backends.row_blocks import take
 from caop_fast.losses.batches import ConfidenceGrads, DistillationGrads, DistillationRows, TokenGrads, TopKRows
 from caop_fast.losses.distillation import ONCE, reduce_rows, total_weight
 from caop_fast.losses.linear.chunking import ProjectedSides, ProjectionGrads, over_token_chunks

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from caop_fast.losses import checks
-from caop_fast.losses.backends.row_blocks import UnmaskedRows, take
+from caop_fast.losses.backends.masked_rows import UnmaskedRows
+from caop_fast.losses.backends.row_blocks import take
 from caop_fast.losses.batches import SavedTokens, TokenBatch, TokenGrads, TokenRows
 from caop_fast.losses.linear.chunking import (
     ProjectionGrads,

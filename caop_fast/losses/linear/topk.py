@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from caop_fast.losses import checks
+from caop_fast.losses.backends.masked_rows import UnmaskedRows
 from caop_fast.losses.backends.resolve import get_backend
-from caop_fast.losses.backends.row_blocks import UnmaskedRows, take
+from caop_fast.losses.backends.row_blocks import take
 from caop_fast.losses.batches import DistillationGrads, SavedTopK, TopKBatch, TopKRows
 from caop_fast.losses.linear.chunking import unmask_sides
 from caop_fast.losses.linear.config import LinearConfig, check_reduction, prepare, statistics_dtype

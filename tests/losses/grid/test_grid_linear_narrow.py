@@ -19,7 +19,7 @@ from caop_fast import (
     linear_token_statistics,
     linear_topk_distillation_loss,
 )
-from caop_fast.losses.backends.row_blocks import UnmaskedRows
+from caop_fast.losses.backends.masked_rows import UnmaskedRows
 from caop_fast.losses.linear import chunking, lm_head
 from caop_fast.losses.linear.lm_head import LMHead
 
