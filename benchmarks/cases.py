@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -18,25 +18,15 @@ CANDIDATES = 21  # confidence values 0.00 ... 1.00
 SIZES = (256, 1024, 4096, 8192, 32768)  # N
 BETAS = (0.0, 0.5, 1.0)
 MASKED = 0.4  # share of the tokens
-
-
-@dataclass(frozen=True)
-class Head:
-    """A published output head: vocabulary size, features, and the softcap of its logits."""
-
-    vocab: int
-    hidden: int
-    softcap: float | None = None
-
-
-HEADS = {
-    "Qwen3-0.6B": Head(151936, 1024),
-    "Qwen3-1.7B": Head(151936, 2048),
-    "Qwen3-8B": Head(151936, 4096),
-    "Llama-3-8B": Head(128256, 4096),
-    "Gemma-2-2B": Head(256000, 2304, softcap=30.0),
+# Published output heads: vocabulary size, features, and the softcap of the logits.
+HEADS: dict[str, tuple[int, int, float | None]] = {
+    "Qwen3-0.6B": (151936, 1024, None),
+    "Qwen3-1.7B": (151936, 2048, None),
+    "Qwen3-8B": (151936, 4096, None),
+    "Llama-3-8B": (128256, 4096, None),
+    "Llama-2-7B": (32000, 4096, None),
+    "Gemma-2-2B": (256000, 2304, 30.0),
 }
-LLAMA_2 = Head(32000, 4096)  # for the scaling with V: as many features as Qwen3-8B and Llama-3-8B
 
 
 @dataclass(frozen=True)
@@ -73,7 +63,7 @@ class Case:
     @property
     def kind(self) -> str:
         """The suite without "linear-"; "logits" for the dense distillation losses, on logits or not."""
-        return {"linear": "logits"}.get(self.suite, self.suite.removeprefix("linear-"))
+        return "logits" if self.suite == "linear" else self.suite.removeprefix("linear-")
 
     @property
     def shape(self) -> Shape:
@@ -102,84 +92,73 @@ class Case:
         return " ".join(parts)
 
     @property
+    def unmasked(self) -> int:
+        """Number of tokens that count, about."""
+        return max(1, round(self.n * (1 - self.masked)))
+
+    @property
     def products(self) -> int:
         """Matrix products of 2 N V H operations that the loss needs at least; 0 for losses on logits."""
         return 0 if not self.linear else (2 if self.suite == "linear" else 1) + 1 + self.head_trained
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the inputs and of their gradients, without what is small."""
+        models = 2 if self.kind == "logits" else 1
+        if not self.linear:
+            return (models + 1) * self.n * self.v * self.itemsize
+        weights = models + self.head_trained
+        return ((models + 1) * self.n + weights * self.v) * self.h * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        return {"float32": 4, "bfloat16": 2}[self.dtype]
 
     def record(self, impl: str) -> Record:
         """The record of an implementation, nothing measured yet."""
         return Record(self.suite, self.name, impl, shape=self.shape)
 
 
-def case(
-    suite: str,
-    model: str,
-    n: int,
-    dtype: str = "bfloat16",
-    *,
-    beta: float = 0.0,
-    head_trained: bool = True,
-    masked: float = 0.0,
-) -> Case:
-    """A case with the head of a published model."""
-    head = HEADS[model]
-    return Case(suite, model, n, head.vocab, head.hidden, dtype, beta, head_trained, masked, head.softcap)
+def case(suite: str, model: str, n: int, dtype: str = "bfloat16", **options: float) -> Case:
+    """A case with the head of a published model; ``options``: beta, head_trained, masked."""
+    vocab, hidden, softcap = HEADS[model]
+    return replace(Case(suite, model, n, vocab, hidden, dtype, softcap=softcap), **options)
 
 
-def small(
-    suite: str,
-    n: int,
-    v: int,
-    h: int,
-    dtype: str = "float32",
-    *,
-    beta: float = 0.0,
-    head_trained: bool = True,
-    masked: float = 0.0,
-) -> Case:
+def small(suite: str, n: int, v: int, h: int, dtype: str = "float32", **options: float) -> Case:
     """A case for machines that are too small for a published head."""
-    return Case(suite, "small", n, v, h, dtype, beta, head_trained, masked)
+    return replace(Case(suite, "small", n, v, h, dtype), **options)
 
 
-def gpu() -> list[Case]:
-    """For a GPU, most important first: the cases of the targets, then each axis by itself, then all combinations."""
-    return list(dict.fromkeys([*_targets(), *_axes(), *_product()]))
+def targets() -> list[Case]:
+    """The reference cases of a GPU."""
+    heads = product(("Qwen3-8B", "Qwen3-0.6B"), (True, False))
+    linear = [case("linear", model, 8192, head_trained=trained) for model, trained in heads]
+    return [linear[0], case("logits", "Qwen3-8B", 8192), *linear[1:]]
 
 
-def _targets() -> Iterator[Case]:
-    yield case("linear", "Qwen3-8B", 8192)
-    yield case("logits", "Qwen3-8B", 8192)
-    yield case("linear", "Qwen3-8B", 8192, head_trained=False)
-    yield case("linear-tokens", "Qwen3-8B", 8192)
-    yield case("tokens", "Qwen3-8B", 8192)
-    yield case("topk", "Qwen3-8B", 8192)
-    yield case("confidence", "Qwen3-8B", 1024)
+def sweep() -> list[Case]:
+    """The number of tokens by itself."""
+    return [case(suite, "Qwen3-8B", n) for suite in ("linear", "logits") for n in SIZES]
+
+
+def rest() -> list[Case]:
+    """Every other axis by itself, the other losses, and then all combinations, for as long as there is time."""
+    return list(dict.fromkeys([*_axes(), *_product()]))
 
 
 def _axes() -> Iterator[Case]:
-    for suite in ("linear", "logits"):
-        for n in SIZES:
-            yield case(suite, "Qwen3-8B", n)
-    for suite in ("linear", "logits"):
-        for beta in (0.5, 1.0):
-            yield case(suite, "Qwen3-8B", 8192, beta=beta)
+    yield from (case(suite, "Qwen3-8B", 8192) for suite in ("linear-tokens", "tokens", "topk", "linear-topk"))
+    yield from (case(suite, "Qwen3-8B", 1024) for suite in ("confidence", "linear-confidence"))
+    yield from (case(suite, "Qwen3-8B", 8192, beta=beta) for suite in ("linear", "logits") for beta in BETAS[1:])
     yield case("linear", "Qwen3-8B", 8192, masked=MASKED)
-    for suite in ("linear-topk", "linear-confidence"):
-        yield case(suite, "Qwen3-8B", 8192 if suite == "linear-topk" else 1024)
-    for model in HEADS:  # at one N: scaling with V and H
-        yield case("linear", model, 8192)
-    yield replace(case("linear", "Llama-3-8B", 8192), model="Llama-2-7B", v=LLAMA_2.vocab)
-    yield case("linear", "Qwen3-8B", 8192, dtype="float32")
-    yield case("logits", "Qwen3-8B", 8192, dtype="float32")
-    for n in SIZES:
-        yield case("linear", "Qwen3-0.6B", n)
-    for suite in ("tokens", "topk", "linear-tokens", "linear-topk"):
-        for n in SIZES:
-            yield case(suite, "Qwen3-8B", n)
+    yield from (case("linear", model, 8192) for model in HEADS)  # at one N: scaling with V and H
+    yield from (case(suite, "Qwen3-8B", 8192, "float32") for suite in ("linear", "logits"))
+    yield from (case("linear", "Qwen3-0.6B", n) for n in SIZES)
+    yield from (case(s, "Qwen3-8B", n) for s in ("tokens", "topk", "linear-tokens", "linear-topk") for n in SIZES)
 
 
 def _product() -> Iterator[Case]:
-    """All shapes of the distillation losses, then the other losses with their defaults."""
     for dtype, n, model in product(("bfloat16", "float32"), (8192, 4096, 1024, 256, 32768), HEADS):
         for beta, masked in product(BETAS, (0.0, MASKED)):
             yield case("logits", model, n, dtype, beta=beta, masked=masked)
@@ -191,18 +170,16 @@ def _product() -> Iterator[Case]:
 
 def cpu() -> list[Case]:
     """For a CPU: the vocabularies of real models with few features, and sweeps of N, V and H."""
-    qwen = HEADS["Qwen3-8B"].vocab
-    cases = [
+    qwen = HEADS["Qwen3-8B"][0]
+    found = [
         small("linear", 1024, qwen, 256),
         small("logits", 256, qwen, 256),
         *(small(suite, 128, qwen, 256) for suite in SUITES),
-        *(small("linear", 128, qwen, 256, beta=beta) for beta in BETAS[1:]),
+        *(small(suite, 128, qwen, 256, beta=beta) for suite in ("linear", "logits") for beta in BETAS[1:]),
         small("linear", 128, qwen, 256, head_trained=False),
-        small("linear", 128, qwen, 256, masked=MASKED),
-        small("linear", 64, 32000, 64, dtype="bfloat16"),  # 100 times slower without AVX-512
-        *(small("logits", 128, qwen, 256, beta=beta) for beta in BETAS[1:]),
-        small("logits", 128, qwen, 256, masked=MASKED),
-        small("logits", 128, qwen, 256, dtype="bfloat16"),
+        *(small(suite, 128, qwen, 256, masked=MASKED) for suite in ("linear", "logits")),
+        small("linear", 64, 32000, 64, "bfloat16"),  # 100 times slower without AVX-512
+        small("logits", 128, qwen, 256, "bfloat16"),
         case("linear", "Qwen3-0.6B", 128, "float32"),
         *(small("linear", n, 32000, 256) for n in (64, 128, 256, 512, 1024, 2048)),
         *(small("linear", 128, v, 256) for v in (8000, 16000, 64000, 128256)),
@@ -210,11 +187,11 @@ def cpu() -> list[Case]:
         *(small("logits", n, 32000, 256) for n in (64, 128, 256, 512, 1024)),
         *(small("logits", 128, v, 256) for v in (8000, 16000, 64000)),
     ]
-    return list(dict.fromkeys(cases))
+    return list(dict.fromkeys(found))
 
 
 def quick() -> list[Case]:
-    """Every suite once on a CPU, within two minutes."""
+    """Every suite once on a CPU, within minutes."""
     return [
         small("logits", 64, 32000, 128),
         small("linear", 128, 32000, 128),
@@ -227,17 +204,22 @@ def tiny() -> list[Case]:
     """Shapes for Triton's interpreter: every suite, both dtypes at logits level, every beta, masks, odd V."""
     return [
         *(small("logits", 6, 300, 16, beta=beta) for beta in BETAS),
-        small("logits", 6, 301, 16, dtype="bfloat16", masked=MASKED),
+        small("logits", 6, 301, 16, "bfloat16", masked=MASKED),
         *(small("linear", 6, 300, 16, beta=beta) for beta in (0.0, 0.5)),
         small("linear", 6, 301, 16, head_trained=False, masked=MASKED),
         *(small(suite, 5, 300, 16) for suite in SUITES if suite not in ("linear", "logits")),
     ]
 
 
-SELECTIONS = {"gpu": gpu, "cpu": cpu, "quick": quick, "tiny": tiny}
+def profiled() -> list[Case]:
+    """A step of four losses, whose kernels are timed one by one."""
+    sizes = {"linear": 8192, "logits": 8192, "topk": 8192, "confidence": 1024}
+    return [case(suite, "Qwen3-8B", n) for suite, n in sizes.items()]
 
 
-def of_suites(cases: Iterable[Case], suites: Iterable[str]) -> list[Case]:
-    """The cases of ``suites``, in their order."""
-    wanted = set(suites)
-    return [c for c in cases if c.suite in wanted]
+# By device: the cases of the stages of ``gpu``; those of "targets" are compiled too.
+STAGES: dict[str, dict[str, Callable[[], list[Case]]]] = {
+    "cuda": {"targets": targets, "profile": profiled, "sweep": sweep, "rest": rest},
+    "cpu": {"targets": cpu, "profile": lambda: cpu()[:2], "sweep": list, "rest": list},
+    "tiny": {"targets": tiny, "profile": lambda: tiny()[:1], "sweep": list, "rest": list},
+}

@@ -1,116 +1,91 @@
 """Correctness of every kernel and loss on a device, by pytest on all cores: a crash or a hang fails one test only.
 
-The kernels' own tests are in ``tests/kernels/device``, the checks of the losses in ``benchmarks/checks``.
+Run are the kernels' own tests, ``tests/kernels/device``, and the checks of the losses, ``tests/losses/device``. Each
+outcome is appended to a file as soon as it is known, and what is decided there is not run again. This module is also
+the pytest plugin that does so; under pytest-xdist a test fails whose process ends, and another process goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Generator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+import pytest
 
-from benchmarks.checks.plugin import OUTCOMES
-from benchmarks.peers.peer import interpreted
+from benchmarks.measure import alive
 from benchmarks.records import ROOT
 
-KERNELS, LOSSES = ROOT / "tests" / "kernels" / "device", ROOT / "benchmarks" / "checks"
-LINES = 4  # of an error message that are kept
-
-
-@dataclass
-class Summary:
-    """The outcome of the tests.
-
-    Attributes:
-        passed, failed, skipped: numbers of tests.
-        failures: "name: message" of those that failed.
-        skips: how many were skipped, by reason.
-        finished: whether all ran; False if the time ran out.
-    """
-
-    passed: int = 0
-    failed: int = 0
-    skipped: int = 0
-    failures: list[str] = field(default_factory=list)
-    skips: dict[str, int] = field(default_factory=dict)
-    finished: bool = True
-
-    def fail(self, name: str, message: str) -> None:
-        self.failed += 1
-        self.failures.append(f"{name}: {message}"[:1000])
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+TESTS = (ROOT / "tests" / "kernels" / "device", ROOT / "tests" / "losses" / "device")
+OUTCOMES = "CAOP_OUTCOMES"  # file to append {"name", "outcome", "detail"} to, a JSON object a line
+KNOWN = "CAOP_KNOWN_OUTCOMES"  # number of its lines at the start: a process that starts later must find the same tests
+HANGING = "CAOP_HANGING_TEST_SECONDS"  # after which a test's process ends
+SECONDS = 90.0  # by default; compiling a kernel takes a part of that
+LENGTH = 4000  # characters of a detail
+STDERR = os.dup(2)  # before pytest captures it
 
 
 def check(
-    device: torch.device, *, seconds: float, select: str | None = None, folders: Sequence[Path] | None = None
-) -> Summary:
-    """Run the tests on ``device``.
+    device: str, outcomes: Path, *, seconds: float, select: str | None = None, tests: Sequence[Path] = TESTS
+) -> dict[str, Any]:
+    """Run the tests on ``device``, "cuda" or "cpu"; on a CPU in Triton's interpreter, if that is on.
 
     Args:
-        device: a GPU, or the CPU, where the kernels' tests run in Triton's interpreter or not at all.
-        seconds: after which the tests are stopped; the outcomes so far are kept.
+        device: that the tests use by themselves; it decides what environment they get.
+        outcomes: file of the outcomes, those of an earlier call included.
+        seconds: after which the tests are stopped.
         select: only tests whose names match, as with pytest's ``-k``.
-        folders: of the tests.
+        tests: files or folders.
+
+    Returns:
+        "passed", "failed", "skipped": numbers of tests; "failures": "name: message" of those that failed; "finished":
+        whether all ran.
     """
-    if folders is None:
-        folders = [KERNELS, LOSSES] if device.type == "cuda" or interpreted() else [LOSSES]
-    there = [folder for folder in folders if folder.is_dir()]
-    with tempfile.TemporaryDirectory() as scratch:
-        outcomes = Path(scratch, "outcomes")
-        outcomes.touch()
-        code, said = _pytest(command(there, device, select), environment(device, outcomes), seconds)
-        found = _summary(outcomes.read_text(encoding="utf-8"))
-    found.finished = code is not None
-    for folder in folders:
-        if folder not in there:
-            found.skips[f"{folder.name} is not there: installed without the tests"] = 1
-    if code not in (None, 0, 1):
-        found.fail("pytest", f"exit code {code}: {said}")
-    elif found.finished and not found.passed + found.failed:
-        found.fail("pytest", "no test ran")
+    made = [sys.executable, "-m", "pytest", *map(str, tests), "-o", "addopts=", "-p", "no:cacheprovider"]
+    made += ["-p", "benchmarks.correctness", "--continue-on-collection-errors", "--tb=short", "-q"]
+    made += ["-n", "auto"] if find_spec("xdist") is not None else []
+    made += ["-k", select] if select is not None else []
+    outcomes.parent.mkdir(parents=True, exist_ok=True)
+    with outcomes.open("a", encoding="utf-8") as file:
+        file.write("\n")  # behind a line that was cut off
+    code, said = _stopped_after(seconds, made, environment(device, outcomes))
+    found = summary(outcomes)
+    found["finished"] = code is not None
+    if code not in (None, 0, 1, 5) or (code is not None and not found["passed"] + found["failed"]):
+        found["failed"] += 1
+        found["failures"].append(f"pytest, exit code {code}: {said}")
     return found
 
 
-def command(folders: Sequence[Path], device: torch.device, select: str | None) -> list[str]:
-    made = [sys.executable, "-m", "pytest", *map(str, folders), "-o", "addopts=", "-p", "no:cacheprovider"]
-    made += ["-p", "benchmarks.checks.plugin", "--continue-on-collection-errors", "--tb=short"]
-    made += ["-n", "auto"] if find_spec("xdist") is not None else []
-    made += ["-k", select] if select is not None else []
-    made += ["--bench-device", device.type] if LOSSES in folders else []
-    return made
-
-
-def environment(device: torch.device, outcomes: Path) -> dict[str, str]:
-    """Of the tests' process: both packages can be imported; Triton is interpreted on a CPU only."""
-    made = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET" or device.type == "cpu"}
+def environment(device: str, outcomes: Path) -> dict[str, str]:
+    """Of the tests' process: the packages can be imported; Triton is interpreted on a CPU only."""
+    made = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET" or device == "cpu"}
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**made, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore", OUTCOMES: str(outcomes)}
+    made |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore", OUTCOMES: str(outcomes.absolute())}
+    return {**made, KNOWN: str(len(outcomes.read_text(encoding="utf-8").splitlines()))}
 
 
-def _pytest(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> tuple[int | None, str]:
-    """The exit code of pytest, None if it was stopped, and its last lines."""
+def _stopped_after(seconds: float, command: Sequence[str], env: dict[str, str]) -> tuple[int | None, str]:
+    """The exit code, None if it had to be stopped, and the end of the output."""
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
+        code: int | None = None
         try:
-            code: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(seconds)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with its workers
@@ -119,23 +94,70 @@ def _pytest(command: Sequence[str], environment: Mapping[str, str], seconds: flo
         return code, last_lines(out.read().decode(errors="replace"))
 
 
-def _summary(lines: str) -> Summary:
-    tests = {test["name"]: test for test in map(json.loads, lines.splitlines())}
-    found = Summary()
-    for name, test in tests.items():
-        if test["outcome"] == "failed":
-            path, *rest = name.split("::", 1)
-            found.fail("::".join([Path(path).name, *rest]), last_lines(test["detail"]))
-        elif test["outcome"] == "skipped":
-            found.skipped += 1
-            found.skips[test["detail"]] = found.skips.get(test["detail"], 0) + 1
-        else:
-            found.passed += 1
+def decided(outcomes: Path, lines: int | None = None) -> dict[str, dict[str, str]]:
+    """The outcomes in the first lines of a file by the name of the test; the last counts, and a cut-off line does not."""
+    found = {}
+    for line in outcomes.read_text(encoding="utf-8").splitlines()[:lines]:
+        with contextlib.suppress(json.JSONDecodeError):
+            test = json.loads(line)
+            found[test["name"]] = test
     return found
 
 
-def last_lines(text: str) -> str:
+def summary(outcomes: Path) -> dict[str, Any]:
+    """See ``check``."""
+    tests = decided(outcomes)
+    counts = Counter(test["outcome"] for test in tests.values())
+    failures = [f"{n}: {last_lines(t['detail'])}"[:1000] for n, t in tests.items() if t["outcome"] == "failed"]
+    return {**{kind: counts[kind] for kind in ("passed", "failed", "skipped")}, "failures": failures}
+
+
+def last_lines(text: str, most: int = 4) -> str:
     """The lines that pytest marks as the error, or the last ones, in one line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     marked = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
-    return " | ".join((marked or lines)[-LINES:])
+    return " | ".join((marked or lines)[-most:])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if KNOWN in os.environ:
+        known = decided(Path(os.environ[OUTCOMES]), int(os.environ[KNOWN]))
+        items[:] = [item for item in items if item.nodeid not in known]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    faulthandler.dump_traceback_later(float(os.environ.get(HANGING, SECONDS)), exit=True, file=STDERR)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_exception_interact(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """A process whose device stopped working ends, since no further test could pass in it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and not alive(torch.device("cuda")):
+        os.write(STDERR, report.longreprtext.encode())
+        os._exit(1)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.outcome != "passed" or report.when == "call":
+        _tell(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.outcome != "passed":
+        _tell(report)
+
+
+def _tell(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if OUTCOMES not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:  # whose controller gets all reports
+        return
+    detail = report.longreprtext
+    if report.outcome == "skipped":
+        detail = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(getattr(report, "wasxfail", ""))
+    line = {"name": report.nodeid, "outcome": report.outcome, "detail": detail[-LENGTH:].removeprefix("Skipped: ")}
+    with open(os.environ[OUTCOMES], "a", encoding="utf-8") as file:
+        print(json.dumps(line), file=file)

@@ -1,20 +1,248 @@
-"""Everything on a machine with a GPU::
+"""Everything on a machine with a GPU, in the order of what it tells::
 
-    python -m benchmarks.gpu --out results/ --minutes 25
+    python -m benchmarks.gpu --minutes 8 --out DIR
 
-checks every kernel and loss on the GPU, then measures them beside the installed peers, most important cases first. It
-needs torch, triton, numpy, pytest and pytest-xdist (transformers for the training step); run it from a checkout, with
-``kernels/`` on ``PYTHONPATH`` if the project is not installed. Run again, it resumes; if commands are killed after some
-time, pass a smaller ``--minutes``. Peers: liger-kernel, trl (with datasets, which its kernels import),
-cut-cross-entropy, flash-attn. An implementation that crashes or hangs is recorded as crashed, and the run goes on in
-another process (``supervise``).
+Stages, each of which stands alone (``--stages``):
+
+* correctness: every kernel test and every check of the losses, on all cores;
+* targets: the reference cases beside the implementations that are not compiled, with floors before and after;
+* profile: milliseconds, GB/s and TFLOP/s of each kernel of a step of four losses;
+* compiled: the reference cases beside what ``torch.compile`` compiles, which takes a large part of a minute each;
+* sweep: the number of tokens, beside all others; steps: whole training steps; rest: all other cases.
+
+Every record and every outcome of a test is on disk as soon as it is known, and the same command goes on where the last
+one stopped. It needs torch, triton, numpy, pytest and pytest-xdist (transformers for training steps), and a checkout.
+Peers: liger-kernel, trl (with datasets, which its kernels import), cut-cross-entropy, flash-attn. ``--triton-cache``
+takes the kernels that ``tools.triton_cache`` compiled on another machine. ``--device cpu`` measures a CPU.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+import signal
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from benchmarks.command import main
+import torch
+
+from benchmarks import correctness, peers, run, step
+from benchmarks.cases import STAGES, Case
+from benchmarks.records import RESULTS, Record, Results, file_name, header, load
+from benchmarks.run import Lost, Setting, Worker
+from benchmarks.step import StepCase
+
+ORDER = ("correctness", "targets", "profile", "compiled", "sweep", "steps", "rest")
+# Header fields that must be equal in a run that is resumed.
+SAME = ("device", "device_id", "driver", "cuda", "sources", "interpreted", "versions", "cpu_capability", "threads")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; 0 if all was right, 1 if a test failed, 2 if nothing could run."""
+    options = parser().parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("PyTorch finds no CUDA or ROCm device; --device cpu runs the same on a CPU", file=sys.stderr)
+        return 2
+    if options.triton_cache is not None:
+        use_triton_cache(options.triton_cache, options.out / "triton-cache")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes are stopped
+    typed = [Path(a).name if os.path.isabs(a) else a for a in (sys.argv[1:] if argv is None else argv)]
+    command = Command(options, ["python -m benchmarks.gpu", *typed])
+    try:
+        return command.run()
+    finally:
+        command.worker.stop(5.0)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("--out", type=Path, default=RESULTS, help="folder of the results, resumed if there are (%(default)s)")
+    add("--minutes", type=float, default=8.0, help="after which nothing new is started (%(default)s)")
+    add("--stages", nargs="+", choices=ORDER, default=ORDER, help="(all)")
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--cases", choices=sorted(STAGES), help="those of a device, or tiny ones (those of the device)")
+    add("--suites", nargs="+", metavar="SUITE", help="only these suites")
+    add("--impls", nargs="+", choices=[p.name for p in peers.ALL], help="only these implementations")
+    add("--seconds", type=float, default=1.0, help="of timed rounds for each implementation (%(default)s)")
+    add("--rounds", type=int, default=50, help="at most, for each implementation (%(default)s)")
+    add("--correctness-minutes", type=float, default=2.0, help="of the minutes, at most (%(default)s)")
+    add("--correctness-tests", metavar="TEXT", help="only tests that match, as with pytest -k")
+    add("--patience", type=float, help="seconds for an implementation (75; on a CPU 900)")
+    add("--triton-cache", type=Path, metavar="PACK", help="compiled kernels, from tools.triton_cache pack")
+    add("--fresh", action="store_true", help="begin another file instead of resuming one")
+    return made
+
+
+def use_triton_cache(pack: Path, folder: Path) -> None:
+    """Unpack it for the processes that this one starts."""
+    from tools.triton_cache.pack import unpack
+
+    unpack(pack, folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder.absolute())
+
+
+class Command:
+    """One run of the command: what is left to measure is measured into ``results`` until ``deadline``."""
+
+    def __init__(self, options: argparse.Namespace, typed: Sequence[str]) -> None:
+        self.options, self.worker = options, Worker()
+        self.deadline = time.monotonic() + 60 * options.minutes
+        self.patience = options.patience or (75.0 if options.device == "cuda" else 900.0)
+        self.cases = options.cases or options.device
+        # In the worker, since the process that stays must not use the device.
+        found = {**self.call(header, options.device), "command": " ".join(typed)}
+        self.results = open_results(options.out, found, fresh=options.fresh)
+        self.head = self.results.header
+        self.setting = Setting(options.device, 1.0, options.seconds, options.rounds)
+
+    def call(self, function: Any, *arguments: Any) -> Any:
+        return self.worker.call(self.patience, function, *arguments)
+
+    def run(self) -> int:
+        say(f"results: {self.results.path}")
+        done = [self.stage(name) for name in ORDER if name in self.options.stages]
+        self.head["finished"] = finished = all(done)
+        self.results.save()
+        end = "" if finished else "; not all was measured, run it again"
+        say(f"{len(self.results.records)} records in {self.results.path}{end}")
+        failed = self.head.get("correctness", {}).get("failed", 0)
+        if failed:
+            print(f"{failed} correctness tests FAILED: the times are of incorrect code", file=sys.stderr)
+        return 1 if failed else 0
+
+    def stage(self, name: str) -> bool:
+        """Whether all of a stage is done now."""
+        started = time.monotonic()
+        if name == "correctness":
+            done = self.correctness()
+        elif self.late() or not self.ceilings():
+            return False
+        elif name == "profile":
+            done = self.profile(STAGES[self.cases]["profile"]())
+        elif name == "steps":
+            done = all(self.measure(case, [*step.IMPLEMENTATIONS]) for case in step.SELECTIONS[self.cases])
+        else:
+            cases = STAGES[self.cases]["targets" if name == "compiled" else name]()
+            wanted = {"targets": (False,), "compiled": (True,)}.get(name, (False, True))
+            done = all(
+                self.measure(case, [p.name for p in peers.of_case(case) if p.compiled in wanted]) for case in cases
+            )
+        seconds = self.head.setdefault("stage_seconds", {})
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
+        say(f"{name}: {seconds[name]:.0f} s")
+        return done
+
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def correctness(self) -> bool:
+        seconds = min(60 * self.options.correctness_minutes, self.deadline - time.monotonic())
+        if self.head.get("correctness", {}).get("finished") is not True and seconds > 0:
+            outcomes = self.results.path.with_suffix(".tests.jsonl")
+            select = self.options.correctness_tests
+            found = correctness.check(self.options.device, outcomes, seconds=seconds, select=select)
+            for failure in found["failures"]:
+                say(f"FAILED  {failure}")
+            self.head["correctness"] = found
+            self.results.save()
+        found = self.head.get("correctness", {})
+        say("correctness: " + ", ".join(f"{found.get(kind, 0)} {kind}" for kind in ("passed", "failed", "skipped")))
+        return found.get("finished") is True
+
+    def ceilings(self) -> bool:
+        """Measure the bandwidth of a large copy and large products, unless that is done."""
+        if "ceilings" not in self.head:
+            try:
+                self.head["ceilings"] = self.call(run.ceilings, self.options.device, self.options.seconds / 2)
+            except (Lost, RuntimeError) as error:
+                say(f"a large copy and large products: {error}")
+                return False
+            self.results.save()
+        self.setting = replace(self.setting, copy_gbps=self.head["ceilings"]["copy_gbps"])
+        return True
+
+    def profile(self, cases: Sequence[Case]) -> bool:
+        found = self.head.setdefault("profile", {})
+        for case in cases:
+            name = f"{case.suite}: {case.name}"
+            if name in found:
+                continue
+            if self.late():
+                return False
+            try:
+                found[name] = self.call(run.profiled, case, self.setting)
+            except (Lost, RuntimeError) as error:
+                self.worker.stop()
+                say(f"profile of {name}: {error}")
+                return False
+            self.results.save()
+        return True
+
+    def measure(self, case: Case | StepCase, impls: Sequence[str]) -> bool:
+        """The implementations that have no record; False if the deadline came first."""
+        suites, only, done = self.options.suites, self.options.impls, self.results.done()
+        first: Record | None = None
+        if suites is not None and case.record("").suite not in suites:
+            return True
+        for impl in impls:
+            record = case.record(impl)
+            if record.key in done or (only is not None and impl not in only):
+                continue
+            if self.late():
+                return False
+            try:
+                record = self.call(run.measured, case, impl, self.setting)
+            except Lost as error:
+                record = record.failed("crashed", str(error))
+            if record.status == "crashed":
+                self.worker.stop()
+            self.results.add(record)
+            say(str(record))
+            first = first or (record if record.status == "ok" else None)
+        if first is not None and isinstance(case, Case):
+            self.again(case, first)
+        return True
+
+    def again(self, case: Case, first: Record) -> None:
+        """Measure the first implementation and the floor behind all others, which shows what the order did."""
+        try:
+            extra = self.call(run.measured_again, case, first.impl, self.setting)
+        except (Lost, RuntimeError):
+            self.worker.stop()
+            return
+        self.results.add(replace(first, extra={**first.extra, **extra}))
+
+
+def say(text: str) -> None:
+    """A line of progress, flushed."""
+    print(text, flush=True)
+
+
+def open_results(folder: Path, found: dict[str, Any], *, fresh: bool) -> Results:
+    """The run to resume: the newest in ``folder`` with the same device, code and versions; or a new file."""
+    earlier = [] if fresh else [results for path in folder.glob("*.json") if (results := _loaded(path)) is not None]
+    for results in sorted(earlier, key=lambda r: str(r.header["date"]), reverse=True):
+        if all(results.header.get(key) == found[key] for key in SAME):
+            return results
+    path, number = folder / file_name(found), 2
+    while path.exists():
+        path, number = folder / f"{Path(file_name(found)).stem}-{number}.json", number + 1
+    results = Results(path, found)
+    results.save()
+    return results
+
+
+def _loaded(path: Path) -> Results | None:
+    try:
+        return load(path)
+    except ValueError:
+        return None
+
 
 if __name__ == "__main__":
-    sys.exit(main(None, device="cuda", selection="gpu", minutes=25.0))
+    sys.exit(main())

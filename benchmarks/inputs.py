@@ -1,4 +1,7 @@
-"""The inputs of a case: peaked student logits and a teacher near them, as in self-distillation."""
+"""The inputs of a case, and what is right for them: the loss and rows of its gradients in float64.
+
+Student logits are peaked and a teacher is near them, as in self-distillation.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import CANDIDATES, TOP_K, Case
-from benchmarks.definitions import IGNORE_INDEX
 
+IGNORE_INDEX = -100
 SPREAD = 2.5  # standard deviation of the logits
 GAP = 0.05  # between teacher and student, as a share of SPREAD: a divergence near 0.004
 ODDS = (-4.0, 6.0)  # log odds of one id of each token: as after training, some tokens are nearly certain
-BLOCK_BYTES = 1 << 28  # of temporary memory while inputs are made
+BLOCK_BYTES = 1 << 28  # of temporary memory while inputs and references are made
 SHARED = ("weight", "teacher_weight", "candidate_ids", "candidate_values")  # have no row for each token
 
 
@@ -177,3 +180,119 @@ def _top_k(case: Case, logit_blocks: Iterator[Tensor]) -> dict[str, Tensor]:
         "teacher_ids": torch.cat([f.indices for f in found]),
         "teacher_logprobs": torch.cat([f.values for f in found]),
     }
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The loss of all tokens in float64, and some rows of its gradients.
+
+    Attributes:
+        loss: scalar.
+        rows: by the name of the input, which rows: evenly spaced tokens or ids from the first to the last.
+        gradients: those rows, by the name of the input.
+    """
+
+    loss: Tensor
+    rows: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+    def errors(self, loss: Tensor, gradients: dict[str, Tensor]) -> dict[str, float]:
+        """|value - right| / |right| (Euclidean norms) of the "loss" and each gradient; ``inf`` where one is missing."""
+        found = {"loss": _relative(loss, self.loss)}
+        for name, right in self.gradients.items():
+            there = gradients.get(name)
+            found[name] = math.inf if there is None else _relative(there[self.rows[name]], right)
+        return found
+
+
+def reference(inputs: Inputs, n: int | None = None) -> Reference:
+    """The reference of ``n`` rows of each gradient (None for all), computed in blocks of tokens."""
+    case, labels, per_token = inputs.case, inputs["labels"], "hidden" if inputs.case.linear else "student"
+    unmasked = inputs.tensors.get("keep", torch.arange(case.n, device=labels.device))
+    tokens, ids = (_spread(count, n).to(labels.device) for count in (case.n, case.v))
+    counted = torch.isin(tokens, unmasked)  # the gradient of the others is 0
+    loss = torch.zeros((), dtype=torch.float64, device=labels.device)
+    found: list[Tensor] = []
+    grad_weight = torch.zeros(len(ids), case.h, dtype=torch.float64, device=labels.device)
+    for block in blocks(unmasked.shape[0], 8 * case.v):
+        part = inputs.rows(unmasked[block])
+        logits = _logits_of(part, "hidden", "weight") if case.linear else part["student"].detach().double()
+        logits.requires_grad_()
+        value = _per_token(_log_p(case, logits), part).sum() / unmasked.shape[0]
+        (grad,) = torch.autograd.grad(value, logits)
+        loss += value.detach()
+        chosen = grad[torch.isin(unmasked[block], tokens)]
+        found.append(_times_head(chosen, part["weight"]) if case.linear else chosen)
+        if "weight" in inputs.leaves():
+            grad_weight += grad[:, ids].t() @ part["hidden"].detach().double()
+    values = torch.cat(found)
+    gradient = values.new_zeros(len(tokens), values.shape[1])
+    gradient[counted] = values
+    rows, gradients = {per_token: tokens}, {per_token: gradient}
+    if "weight" in inputs.leaves():
+        rows["weight"], gradients["weight"] = ids, grad_weight
+    return Reference(loss, rows, gradients)
+
+
+def _spread(of: int, n: int | None) -> Tensor:
+    """``n`` evenly spaced indices from the first to the last, or all there are."""
+    return torch.linspace(0, of - 1, of if n is None else min(n, of), dtype=torch.float64).round().long().unique()
+
+
+def _relative(value: Tensor, right: Tensor) -> float:
+    return float((value.detach().double() - right).norm() / right.norm())
+
+
+def _logits_of(inputs: Inputs, hidden: str, weight: str) -> Tensor:
+    """``hidden @ weight.T`` in float64; the head is converted in blocks."""
+    wide, head = inputs[hidden].detach().double(), inputs[weight].detach()
+    return torch.cat([wide @ head[ids].double().t() for ids in blocks(head.shape[0], 8 * head.shape[1])], dim=-1)
+
+
+def _times_head(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of hidden states for that of their logits."""
+    total = grad.new_zeros(grad.shape[0], weight.shape[1])
+    for ids in blocks(weight.shape[0], 8 * weight.shape[1]):
+        total += grad[:, ids] @ weight.detach()[ids].double()
+    return total
+
+
+def _log_p(case: Case, logits: Tensor) -> Tensor:
+    capped = logits if case.softcap is None else case.softcap * torch.tanh(logits / case.softcap)
+    return capped.log_softmax(-1)
+
+
+def _per_token(log_p: Tensor, inputs: Inputs) -> Tensor:
+    """The loss of each token from its definition, for the student's log-probabilities [N, V]."""
+    case = inputs.case
+    if case.kind == "tokens":
+        return -log_p.gather(-1, inputs["labels"].unsqueeze(-1)).squeeze(-1)
+    if case.kind == "confidence":
+        return _score(log_p[:, inputs["candidate_ids"]], inputs["candidate_values"].double(), inputs["target"].double())
+    if case.kind == "topk":  # the listed ids, and all others as one more outcome
+        ids, listed = inputs["teacher_ids"], inputs["teacher_logprobs"].double()
+        other = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        log_t = torch.cat([listed, torch.log1p(-listed.exp().sum(-1, keepdim=True))], -1)
+        return _divergence(torch.cat([log_p.gather(-1, ids), other], -1), log_t, case.beta)
+    teacher = _logits_of(inputs, "teacher_hidden", "teacher_weight") if case.linear else inputs["teacher"].double()
+    return _divergence(log_p, _log_p(case, teacher), case.beta)
+
+
+def _divergence(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
+    """KL(t||s) for beta 0, KL(s||t) for 1, between them beta KL(t||m) + (1 - beta) KL(s||m)."""
+
+    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    if beta in (0, 1):
+        return kl(log_s, log_t) if beta else kl(log_t, log_s)
+    log_m = torch.logaddexp(math.log(beta) + log_t, math.log(1 - beta) + log_s)
+    return beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
+
+
+def _score(log_p: Tensor, values: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the candidates to a target between two of them, minus the log of the mass on all candidates."""
+    position = target * (len(values) - 1)  # the values are evenly spaced over [0, 1]
+    mass = (1 - (position.unsqueeze(-1) - torch.arange(len(values), device=values.device)).abs()).clamp(min=0)
+    inside = log_p.logsumexp(-1, keepdim=True)
+    return -(mass * (log_p - inside)).sum(-1) - inside.squeeze(-1)

@@ -14,17 +14,15 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
-import sys
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-
-from benchmarks.measure import Timing
 
 FORMAT = 1
 RESULTS = Path(__file__).parent / "results"
@@ -61,10 +59,6 @@ class Shape:
     beta: float | None = None
     head_trained: bool | None = None
     masked: float = 0.0
-
-    def without(self, name: str) -> Shape:
-        """The same with one of the fields not given."""
-        return Shape(**{key: value for key, value in dataclasses.asdict(self).items() if key != name})
 
 
 @dataclass(frozen=True)
@@ -127,23 +121,6 @@ class Record:
         """This record with the reason why nothing was measured."""
         return replace(self, status=status, reason=reason)
 
-    def measured(
-        self, timing: Timing, *, peak_bytes: int, loss_error: float, grad_error: float, gives: str, **extra: Any
-    ) -> Record:
-        """This record with what was measured; ``extra`` is added to what is there."""
-        return replace(
-            self,
-            time_ms=timing.median,
-            time_low_ms=timing.quantile(0.2),
-            time_high_ms=timing.quantile(0.8),
-            rounds=len(timing.rounds),
-            peak_bytes=peak_bytes,
-            loss_error=loss_error,
-            grad_error=grad_error,
-            gives=gives,
-            extra={**self.extra, **extra},
-        )
-
     def row(self) -> dict[str, Any]:
         """As it is stored: one flat JSON object."""
         row: dict[str, Any] = {}
@@ -172,6 +149,13 @@ class Record:
         return f"{name} {'  '.join(parts)}"
 
 
+def quantiles(rounds: Sequence[float]) -> dict[str, Any]:
+    """The fields of a record that tell the times of ``rounds`` in ms; quantiles by position, without interpolation."""
+    ordered = sorted(rounds)
+    low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
+    return {"time_ms": statistics.median(ordered), "time_low_ms": low, "time_high_ms": high, "rounds": len(ordered)}
+
+
 @dataclass
 class Results:
     """A run: header and records, bound to its file."""
@@ -182,13 +166,8 @@ class Results:
 
     def add(self, record: Record) -> None:
         """Append, or replace the record with the same key, and save."""
-        before = self.records
-        self.records = [r for r in before if r.key != record.key] + [record]
-        try:
-            self.save()
-        except BaseException:
-            self.records = before
-            raise
+        self.records = [r for r in self.records if r.key != record.key] + [record]
+        self.save()
 
     def done(self) -> set[Key]:
         return {r.key for r in self.records}
@@ -196,19 +175,14 @@ class Results:
     def save(self) -> None:
         """Write atomically: a run that is killed at any moment leaves the previous file."""
         payload = {"header": self.header, "records": [r.row() for r in self.records]}
+        text = json.dumps(payload, indent=1, allow_nan=False)  # before anything is written
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem}-", suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(payload, file, indent=1, allow_nan=False, default=_plain)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        beside = self.path.with_name(f".{self.path.name}.tmp")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self.path)
 
 
 def load(path: Path) -> Results:
@@ -223,16 +197,19 @@ def load(path: Path) -> Results:
         raise ValueError(f"{path} is not a results file: {error}") from error
 
 
-def header(device: torch.device) -> dict[str, Any]:
-    """The hardware and software of this process."""
-    name = device_name(device)
+def header(kind: str) -> dict[str, Any]:
+    """The hardware ("cuda" or "cpu") and software of this process."""
+    device, gpu = torch.device(kind), kind == "cuda"
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if gpu else None
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None
     return {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": name,
-        "device_type": device.type,
-        "device_id": _device_id(device),
-        "driver": _driver() if device.type == "cuda" else None,
+        "device": device_name(device),
+        "device_type": kind,
+        # Distinguishes this GPU from others of its model without identifying it.
+        "device_id": None if uuid is None else hashlib.sha256(str(uuid).encode()).hexdigest()[:12],
+        "driver": None if driver is None else driver.split("\n")[0],
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "platform": platform.platform(),
@@ -242,11 +219,9 @@ def header(device: torch.device) -> dict[str, Any]:
         "interpreted": os.environ.get("TRITON_INTERPRET", "0") == "1",
         "versions": {name: _version(name) for name in VERSIONS},
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "tf32_override": os.environ.get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
         "sources": sources(),
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("CAOP_COMMIT"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "command": _command(),
+        "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or os.environ.get("CAOP_COMMIT"),
+        "dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")),
     }
 
 
@@ -282,10 +257,6 @@ def file_name(header: dict[str, Any]) -> str:
     return f"{header['date'][:10]}-{'interpreted-' if header['interpreted'] else ''}{words}.json"
 
 
-def _plain(value: Any) -> Any:
-    raise TypeError(f"cannot record a {type(value).__name__}")
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -293,32 +264,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _command() -> str:
-    """The command line as typed in the project's folder, without paths of this machine."""
-    program = Path(sys.argv[0])
-    if program.is_absolute() and program.is_relative_to(ROOT):
-        module = ".".join(program.relative_to(ROOT).with_suffix("").parts)
-        return " ".join(["python -m", module, *sys.argv[1:]])
-    return " ".join([program.name, *sys.argv[1:]])
-
-
-def _git(*arguments: str) -> str | None:
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it fails."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _device_id(device: torch.device) -> str | None:
-    """A hash that distinguishes this GPU from others of its model without identifying it."""
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
-    return None if uuid is None else hashlib.sha256(str(uuid).encode()).hexdigest()[:12]
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

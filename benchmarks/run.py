@@ -1,108 +1,154 @@
-"""One implementation of a loss on one case: compare it with float64, then measure time and memory beside the floor."""
+"""One implementation on one case: compare it with float64, then measure time and memory beside the floor.
+
+``measure`` does that in the process that calls it; a ``Worker`` is a process of its own for it, so that a crash or a
+hang costs one record.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import multiprocessing
+import multiprocessing.connection
+import signal
+import statistics
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch._dynamo
+from torch import Tensor
 
 from benchmarks import measure, peers
-from benchmarks.bench import Bench, Errors
 from benchmarks.cases import Case
-from benchmarks.failures import Dead, Wrong, attempt, dead, last_line, out_of_memory, release
-from benchmarks.floors import Floors
-from benchmarks.jobs import Effort
-from benchmarks.peers.peer import WRONG, Peer
-from benchmarks.records import Record
+from benchmarks.inputs import Inputs, make, reference
+from benchmarks.measure import Wrong
+from benchmarks.peers import Loss, Peer, known_traffic
+from benchmarks.records import OURS, Record, quantiles
+from benchmarks.step import StepBench, StepCase
 
-ROUNDED = (0.15, 0.8)  # limits of loss and gradient where logits are rounded to bfloat16: the models are that near
-
-
-@dataclass(frozen=True)
-class LossJob:
-    """See ``jobs.Job``."""
-
-    case: Case
-
-    def record(self, impl: str) -> Record:
-        return self.case.record(impl)
-
-    def implementations(self) -> list[str]:
-        return [peer.name for peer in peers.for_case(self.case)]
-
-    def refusal(self, impl: str, device: torch.device) -> str | None:
-        return peers.named(impl).refusal(self.case, device)
-
-    def prepare(self, device: torch.device, floors: Floors) -> Bench:
-        return Bench(self.case, device, floors)
-
-    def measure(self, bench: Bench, impl: str, effort: Effort) -> Record:
-        peer = peers.named(impl)
-
-        def run() -> Record:
-            ready = examine(bench, peer)
-            return filled(bench, peer, ready, timed(bench, ready.steps, effort))
-
-        try:
-            return attempt(self.record(impl), run)
-        finally:
-            bench.clear()
-            release(bench.device)
-
-    def again(self, bench: Bench, found: Record, effort: Effort) -> Record:
-        """Time the implementation and the floor again, which shows thermal throttling; ``found`` if that fails."""
-        try:
-            fresh_compiler()
-            timing = timed(bench, bench.steps(peers.named(found.impl).build(bench.case)), effort)
-            floor = bench.floors.again(bench.case)
-        except Exception as error:
-            if not out_of_memory(error) and dead(error):
-                raise Dead(last_line(error)) from error
-            return found
-        finally:
-            bench.clear()
-            release(bench.device)
-        return replace(found, extra={**found.extra, "again_ms": timing.median, "floor_again_ms": floor.ms})
-
-
-def timed(bench: Bench, steps: Sequence[Callable[[], object]], effort: Effort) -> measure.Timing:
-    return measure.timing(steps, bench.device, seconds=effort.seconds, rounds=effort.rounds)
+T = TypeVar("T")
+SAMPLED = 64  # tokens and ids, of all, whose rows of the gradients are compared with float64
+UPSTREAM = 0.25  # upstream gradient of the comparison: a loss that ignores it is wrong by a factor of four
+CACHES = 3  # inputs that are timed in turn are together so many times as large as a GPU's cache
+# Messages of CPU allocators and of libraries that have no exception of their own for it.
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 
 
 @dataclass(frozen=True)
-class Examined:
-    """An implementation that may be timed.
+class Setting:
+    """Where and for how long implementations are measured.
 
     Attributes:
-        errors, full: on a few tokens and on all.
-        peak: memory in bytes.
-        steps: to time in turn.
+        device: "cuda" or "cpu".
+        copy_gbps: bandwidth of a large copy, in 1e9 bytes/s.
+        seconds: of timed rounds for each implementation, about.
+        rounds: at most.
     """
 
-    errors: Errors
-    full: Errors
-    peak: int
-    steps: list[Callable[[], object]]
+    device: str
+    copy_gbps: float
+    seconds: float = 1.0
+    rounds: int = 50
 
 
-def examine(bench: Bench, peer: Peer) -> Examined:
-    """Compare ``peer`` with float64 and measure its memory; ``Wrong`` if it is too far off to be timed."""
-    highest_loss, highest = ROUNDED if peer.rounds(bench.case) else (peer.limit, peer.limit)
-    fresh_compiler()
-    errors = bench.errors(peer.build(bench.case))
-    if not (errors.loss <= highest_loss and errors.gradient <= highest):
-        raise Wrong(f"loss error {errors.loss:.2g}, gradient error {errors.gradient:.2g}")
-    fresh_compiler()
-    loss = peer.build(bench.case)
-    step = bench.step(loss, bench.inputs)
-    full = bench.full_errors(step())
-    if not (full.loss <= highest_loss and full.gradient <= min(highest, max(WRONG / 2, 3 * errors.gradient))):
-        raise Wrong(f"in the full size loss error {full.loss:.2g}, gradient error {full.gradient:.2g}")
-    bench.clear()  # freed during the step they would lower its peak
-    peak = measure.peak(step, bench.device)
-    return Examined(errors, full, peak, [*bench.steps(loss)])
+class Bench:
+    """Inputs, reference and floor of a case on a device, made once for all implementations."""
+
+    def __init__(self, case: Case, setting: Setting) -> None:
+        self.case, self.setting, self.device = case, setting, torch.device(setting.device)
+        self.inputs = make(case, self.device)
+        self.reference = reference(self.inputs, SAMPLED)
+        self.floor = self._floor(setting.copy_gbps)
+
+    def _floor(self, copy_gbps: float) -> measure.Floor:
+        return measure.floor(self.case, self.device, copy_gbps, self.setting.seconds / 2)
+
+    def examine(self, peer: Peer) -> tuple[dict[str, float], int, Loss]:
+        """Errors of the loss and each gradient, peak memory, and the loss; ``Wrong`` if it is too far off."""
+        fresh_compiler()
+        loss = peer.build(self.case)
+        errors = self.reference.errors(*self._compared(loss))
+        highest_loss, highest = peer.limits(self.case)
+        if not all(error <= (highest_loss if name == "loss" else highest) for name, error in errors.items()):
+            raise Wrong(", ".join(f"{name} error {error:.2g}" for name, error in errors.items()))
+        self.inputs.clear()  # gradients freed during the step would lower its peak
+        return errors, measure.peak(step(loss, self.inputs), self.device), loss
+
+    def _compared(self, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
+        """The value and the gradients for an upstream gradient other than 1."""
+        self.inputs.clear()
+        value = loss(self.inputs)
+        value.backward(torch.full_like(value, UPSTREAM))
+        return value, {name: gradient / UPSTREAM for name, gradient in self.inputs.gradients().items()}
+
+    def steps(self, loss: Loss) -> list[Callable[[], Tensor]]:
+        """Steps to time in turn."""
+        sets = [self.inputs]
+        if self.device.type == "cuda":
+            cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+            sets += [self.inputs.copy() for _ in range(CACHES * cache // max(1, self.inputs.bytes()))]
+        return [step(loss, inputs) for inputs in sets]
+
+    def measure(self, impl: str, timing: Callable[..., list[float]] = measure.timing) -> Record:
+        """The record of an implementation, timed by ``timing``."""
+        peer = peers.named(impl)
+        errors, peak, loss = self.examine(peer)
+        steps = self.steps(loss)
+        rounds = timing(steps, self.device, seconds=self.setting.seconds, rounds=self.setting.rounds)
+        host = {"host_ms": measure.host_ms(steps, self.device)} if self.device.type == "cuda" else {}
+        return self.filled(peer, errors, peak, rounds, **host)
+
+    def filled(self, peer: Peer, errors: dict[str, float], peak: int, rounds: Sequence[float], **extra: Any) -> Record:
+        """The record of what was measured."""
+        found, floor = replace(self.case.record(peer.name), **quantiles(rounds)), self.floor
+        moved = known_traffic(self.case) if peer.name == OURS else None
+        return replace(
+            found,
+            floor_ms=floor.ms,
+            floor=floor.kind,
+            gbps=floor.bytes / found.ms / 1e6 if floor.bytes else None,
+            traffic_gbps=moved / found.ms / 1e6 if moved is not None else None,
+            tflops=floor.operations / found.ms / 1e9 if floor.operations else None,
+            peak_bytes=peak,
+            loss_error=errors["loss"],
+            grad_error=max(error for name, error in errors.items() if name != "loss"),
+            gives=peer.gives_for(self.case),
+            extra={"errors": errors, **extra},
+        )
+
+    def again(self, impl: str) -> dict[str, float]:
+        """The median time of an implementation, and the floor, measured again."""
+        fresh_compiler()
+        steps = self.steps(peers.named(impl).build(self.case))
+        rounds = measure.timing(steps, self.device, seconds=self.setting.seconds, rounds=self.setting.rounds)
+        copied = (
+            self.setting.copy_gbps if self.case.linear else measure.copy_gbps(self.device, self.setting.seconds / 2)
+        )
+        return {"again_ms": statistics.median(rounds), "floor_again_ms": self._floor(copied).ms}
+
+    def profile(self) -> dict[str, Any]:
+        """Where the time of a forward and backward of caop_fast goes."""
+        loss = peers.named(OURS).build(self.case)
+        return measure.profile(step(loss, self.inputs), self.device, self.setting.copy_gbps)
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        self.inputs.clear()
+
+
+def step(loss: Loss, inputs: Inputs) -> Callable[[], Tensor]:
+    """Forward and backward with fresh gradients; returns the loss."""
+
+    def run() -> Tensor:
+        inputs.clear()
+        value = loss(inputs)
+        value.backward()
+        return value.detach()
+
+    return run
 
 
 def fresh_compiler() -> None:
@@ -114,24 +160,180 @@ def fresh_compiler() -> None:
     torch.compiler.reset()
 
 
-def filled(bench: Bench, peer: Peer, ready: Examined, timing: measure.Timing) -> Record:
-    """The record of what was measured."""
-    case, floor, ms = bench.case, bench.floor, timing.median
-    moved = peer.traffic(case, bench.inputs.count)
-    found = case.record(peer.name).measured(
-        timing,
-        peak_bytes=ready.peak,
-        loss_error=max(ready.errors.loss, ready.full.loss),
-        grad_error=max(ready.errors.gradient, ready.full.gradient),
-        gives=peer.gives_for(case),
-        errors=ready.errors.gradients,
-        full_errors=ready.full.gradients,
-    )
-    return replace(
-        found,
-        floor_ms=floor.ms,
-        floor=floor.kind,
-        gbps=floor.bytes / ms / 1e6 if floor.bytes else None,
-        traffic_gbps=moved / ms / 1e6 if moved is not None else None,
-        tflops=floor.operations / ms / 1e9 if floor.operations else None,
-    )
+_current: tuple[Case | StepCase, Bench | StepBench] | None = None  # of this process
+
+
+def prepared(case: Case | StepCase, setting: Setting) -> Bench | StepBench:
+    """The bench of ``case``, made anew where the last one was of another case."""
+    global _current
+    if _current is None or _current[0] != case:
+        _current = None  # freed before the next one is made
+        release()
+        device = torch.device(setting.device)
+        _current = case, Bench(case, setting) if isinstance(case, Case) else StepBench(case, device)
+    return _current[1]
+
+
+def refusal(case: Case | StepCase, impl: str, device: torch.device) -> str | None:
+    """Why an implementation is not measured, or None."""
+    if isinstance(case, Case):
+        return peers.named(impl).refusal(case, device)
+    if not peers.installed("transformers"):
+        return "transformers is not installed"
+    return peers.too_large(case.needed_bytes(impl), device)
+
+
+def measured(case: Case | StepCase, impl: str, setting: Setting) -> Record:
+    """The record of an implementation; what goes wrong becomes its status.
+
+    No traceback, and so no tensor of the frames, is referenced after the return.
+    """
+    record, device = case.record(impl), torch.device(setting.device)
+    try:
+        reason = refusal(case, impl, device)
+        return record.failed("skipped", reason) if reason else prepared(case, setting).measure(impl)
+    except Wrong as error:
+        return record.failed("wrong", str(error))
+    except Exception as error:
+        if out_of_memory(error):
+            return record.failed("oom", "out of memory")
+        return record.failed("crashed" if dead(error) else "error", last_line(error))
+    finally:
+        if _current is not None:
+            _current[1].clear()
+        release()
+
+
+def measured_again(case: Case, impl: str, setting: Setting) -> dict[str, float]:
+    """See ``Bench.again``; nothing if that fails."""
+    bench = prepared(case, setting)
+    try:
+        return bench.again(impl) if isinstance(bench, Bench) else {}
+    except Exception as error:
+        if dead(error):
+            raise
+        return {}
+    finally:
+        bench.clear()
+        release()
+
+
+def profiled(case: Case, setting: Setting) -> dict[str, Any]:
+    """See ``Bench.profile``."""
+    bench = prepared(case, setting)
+    try:
+        return bench.profile() if isinstance(bench, Bench) else {}
+    finally:
+        bench.clear()
+        release()
+
+
+def ceilings(device: str, seconds: float) -> dict[str, Any]:
+    """The bandwidth of a large copy and the throughput of large matrix products by dtype."""
+    place = torch.device(device)
+    tflops = {dtype: measure.gemm_tflops(place, dtype, seconds) for dtype in ("bfloat16", "float32")}
+    return {"copy_gbps": measure.copy_gbps(place, seconds), "gemm_tflops": tflops}
+
+
+def release() -> None:
+    """Free the memory that the last implementation left cached, so that the next one does not run out of it."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        with contextlib.suppress(RuntimeError):  # raised by a dead device, which is reported elsewhere
+            torch.cuda.empty_cache()
+
+
+def dead(error: BaseException) -> bool:
+    """Whether ``error`` left the GPU of this process unusable; the GPU is asked, since messages differ."""
+    accelerator = isinstance(error, RuntimeError) and torch.cuda.is_initialized()
+    return accelerator and not measure.alive(torch.device("cuda"))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """PyTorch's own error, or that of an allocator or library."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def last_line(error: BaseException) -> str:
+    """Type and message of the exception, in one line."""
+    text = traceback.format_exception_only(error)[-1].strip().splitlines()
+    return text[0][:300] if text else type(error).__name__
+
+
+class Lost(RuntimeError):
+    """A worker ended, or was stopped, before it answered."""
+
+
+class Worker:
+    """A process that calls functions, one at a time; the next call starts another if it ended."""
+
+    def __init__(self) -> None:
+        self._process: multiprocessing.process.BaseProcess | None = None
+
+    def call(self, seconds: float, function: Callable[..., T], *arguments: Any) -> T:
+        """``function(*arguments)`` in the process.
+
+        Raises:
+            Lost: it did not answer within ``seconds``, and was stopped, or it ended.
+            Exception: what the function raised.
+        """
+        if self._process is None:
+            self._start()
+        process, pipe = self._process, self._pipe
+        pipe.send((function, arguments))
+        ready = multiprocessing.connection.wait([pipe, process.sentinel], seconds)
+        if not ready or not pipe.poll(0):
+            if ready:
+                process.join()
+            code = process.exitcode
+            self.stop()
+            raise Lost(f"no answer within {seconds:g} s" if not ready else f"the process ended: {_ending(code)}")
+        try:
+            answer, error = pipe.recv()
+        except EOFError:
+            process.join(1)
+            code = process.exitcode
+            self.stop()
+            raise Lost(f"the process ended: {_ending(code)}") from None
+        if error is not None:
+            raise error
+        return answer
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=False)
+        self._process.start()
+        theirs.close()
+
+    def stop(self, seconds: float = 0.0) -> None:
+        """End the process; it has ``seconds`` to end by itself, which it does unless it hangs."""
+        if self._process is not None:
+            self._pipe.close()
+            self._process.join(seconds)
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
+def _serve(pipe: multiprocessing.connection.Connection) -> None:
+    """Answer calls until the other end is closed."""
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        answer = error = None
+        try:
+            answer = function(*arguments)
+        except Exception as raised:
+            error = RuntimeError(last_line(raised))
+        pipe.send((answer, error))
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "reason unknown"
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name

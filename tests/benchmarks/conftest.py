@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch._dynamo
 
-from benchmarks import floors
+from benchmarks import measure
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -31,6 +31,6 @@ def compiler_state() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def small_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers are not looked at, and a copy of 256 MiB takes longer than all else."""
-    monkeypatch.setitem(floors.COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setitem(floors.SQUARE, "cpu", 64)
-    monkeypatch.setattr(floors, "ROUNDS", 3)
+    monkeypatch.setitem(measure.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(measure.SQUARE, "cpu", 64)
+    monkeypatch.setattr(measure, "FLOOR_ROUNDS", 3)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import correctness
-from benchmarks.correctness import Summary
 
-CPU = torch.device("cpu")
 OUTCOMES = """
 import os, signal, time, pytest
 
@@ -31,41 +29,52 @@ def test_last(): pass
 """
 
 
-def run(folder: Path, *, select: str | None = None, **files: str) -> Summary:
+def run(folder: Path, *, seconds: float = 120.0, select: str | None = None, **files: str) -> dict[str, Any]:
     """The outcome of test files with these texts."""
-    folder.mkdir(exist_ok=True)
+    tests = folder / "tests"
+    tests.mkdir(exist_ok=True)
     for name, text in files.items():
-        (folder / f"{name}.py").write_text(text)
-    return correctness.check(CPU, seconds=120.0, select=select, folders=[folder, folder.parent / "none"])
+        (tests / f"{name}.py").write_text(text)
+    return correctness.check("cpu", folder / "outcomes.jsonl", seconds=seconds, select=select, tests=[tests])
 
 
 def test_crashes_and_hangs_fail_their_test_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAOP_HANGING_TEST_SECONDS", "3")
-    found = run(tmp_path / "tests", test_a=OUTCOMES, test_b="import nowhere_to_be_found")
-    assert found.finished
-    assert found.skips == {"not today": 1, "none is not there: installed without the tests": 1}
-    failures = dict(text.split(": ", 1) for text in found.failures)
-    assert {name.split("::")[-1] for name in failures} == {
+    monkeypatch.setenv(correctness.HANGING, "3")
+    found = run(tmp_path, test_a=OUTCOMES, test_b="import nowhere_to_be_found")
+    assert found["finished"]
+    assert found["skipped"] == 1
+    failures = dict(text.split(": ", 1) for text in found["failures"])
+    assert {name.split("::")[-1].split("/")[-1] for name in failures} == {
         "test_bad", "test_crash", "test_hang", "test_teardown", "test_b.py"
     }  # fmt: skip
-    assert found.failed == len(failures)
-    assert found.passed >= 3  # test_good twice and test_last
-    text = " ".join(found.failures)
+    assert found["failed"] == len(failures)
+    assert found["passed"] >= 3  # test_good twice and test_last
+    text = " ".join(found["failures"])
     assert all(part in text for part in ("sums", "crashed while running", "left behind", "nowhere_to_be_found"))
 
 
-SLOW = """
-import json, os, time
-with open(os.environ["CAOP_OUTCOMES"], "a") as file:
-    print(json.dumps({"name": "test_a.py::test_quick", "outcome": "passed", "detail": ""}), file=file)
-time.sleep(100)
+COUNTED = """
+import pathlib, time
+def test_quick():
+    with open(pathlib.Path(__file__).with_name("count"), "a") as file: file.write("quick ")
+def test_slow():
+    with open(pathlib.Path(__file__).with_name("count"), "a") as file: file.write("slow ")
+    time.sleep(SLEEP)
 """
 
 
-def test_what_ended_before_the_deadline_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correctness, "command", lambda *arguments: [sys.executable, "-c", SLOW])
-    found = correctness.check(CPU, seconds=4.0, folders=[tmp_path])
-    assert (found.passed, found.failed, found.finished) == (1, 0, False)
+def test_a_second_call_runs_what_the_first_did_not_decide(tmp_path: Path) -> None:
+    found = run(tmp_path, seconds=15.0, test_a=COUNTED.replace("SLEEP", "100"))
+    assert (found["passed"], found["failed"], found["finished"]) == (1, 0, False)
+    outcomes = tmp_path / "outcomes.jsonl"
+    (line,) = outcomes.read_text().split("\n")[1:-1]
+    assert json.loads(line)["outcome"] == "passed"
+    with outcomes.open("a") as file:
+        file.write('{"name": "test_cut')  # the process was killed while it wrote
+    found = run(tmp_path, test_a=COUNTED.replace("SLEEP", "0"))
+    assert (found["passed"], found["failed"], found["finished"]) == (2, 0, True)
+    assert (tmp_path / "tests" / "count").read_text() in ("quick slow slow ", "slow quick slow ")
+    assert run(tmp_path)["finished"], "nothing is left"
 
 
 SKIPS = """
@@ -78,15 +87,15 @@ def test_other(): pass
 
 def test_nothing_that_runs_is_a_failure(tmp_path: Path) -> None:
     found = run(tmp_path, select="kernel", test_a=SKIPS)
-    assert (found.passed, found.failed, found.skipped) == (0, 1, 1)
-    assert "no device" in found.skips
-    assert found.failures == ["pytest: no test ran"]
+    assert (found["passed"], found["failed"], found["skipped"]) == (0, 1, 1)
     found = run(tmp_path, conftest="raise SystemError('no')")
-    assert found.failed == 1
-    assert "SystemError: no" in found.failures[0]
+    assert found["failed"] == 1
+    assert "SystemError: no" in found["failures"][0]
 
 
-def test_a_gpu_is_not_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_not_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "TRITON_INTERPRET" not in correctness.environment(torch.device("cuda"), Path("x"))
-    assert correctness.environment(CPU, Path("x"))["TRITON_INTERPRET"] == "1"
+    outcomes = tmp_path / "x"
+    outcomes.touch()
+    assert "TRITON_INTERPRET" not in correctness.environment("cuda", outcomes)
+    assert correctness.environment("cpu", outcomes)["TRITON_INTERPRET"] == "1"

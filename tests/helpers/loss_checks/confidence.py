@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import caop_fast
-from benchmarks import definitions
-from benchmarks.checks import samples
-from benchmarks.checks.check import Check, ScoreOptions, Setting, Spec
-from benchmarks.checks.closeness import FACTOR, verify
+from helpers.loss_checks import definitions
+from helpers.loss_checks import samples
+from helpers.loss_checks.check import Check, ScoreOptions, Setting, Spec
+from helpers.loss_checks.closeness import FACTOR, verify
 
 ALL = ("loss", "expected", "variance", "outside_mass")
 CANDIDATES = 21

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import caop_fast
-from benchmarks import definitions
-from benchmarks.checks import samples
-from benchmarks.checks.check import Check, Setting, Spec, TopkOptions
-from benchmarks.checks.closeness import verify
+from helpers.loss_checks import definitions
+from helpers.loss_checks import samples
+from helpers.loss_checks.check import Check, Setting, Spec, TopkOptions
+from helpers.loss_checks.closeness import verify
 
 ROWWISE = ("divergence", "student_logprob", "student_entropy")
 SPECS = (

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import caop_fast
-from benchmarks import definitions
-from benchmarks.checks import samples
-from benchmarks.checks.check import Check, DenseOptions, Setting, Spec
-from benchmarks.checks.closeness import verify
-from benchmarks.definitions import IGNORE_INDEX
+from helpers.loss_checks import definitions
+from helpers.loss_checks import samples
+from helpers.loss_checks.check import Check, DenseOptions, Setting, Spec
+from helpers.loss_checks.closeness import verify
+from helpers.loss_checks.definitions import IGNORE_INDEX
 
 ROWWISE = ("divergence", "student_logprob", "student_entropy")
 SPECS = (

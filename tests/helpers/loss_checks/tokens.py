@@ -8,10 +8,10 @@ from functools import partial
 from torch import Tensor
 
 import caop_fast
-from benchmarks import definitions
-from benchmarks.checks import samples
-from benchmarks.checks.check import Check, Setting, Spec, TokenOptions
-from benchmarks.checks.closeness import verify
+from helpers.loss_checks import definitions
+from helpers.loss_checks import samples
+from helpers.loss_checks.check import Check, Setting, Spec, TokenOptions
+from helpers.loss_checks.closeness import verify
 
 ALL = ("logprob", "entropy", "lse")
 SPECS = (

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.definitions import terms_of_gradients
+from helpers.loss_checks.definitions import terms_of_gradients
 
 FACTOR = 4.0  # times the error of plain PyTorch
 ULPS = 8 * 2.0**-23  # of float32, in which everything is computed; approximate exponentials are off by 2 ULPs

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import caop_fast
-from benchmarks import definitions
-from benchmarks.checks import samples
-from benchmarks.checks.check import Check, Setting
-from benchmarks.checks.closeness import Inaccurate, verify
+from helpers.loss_checks import definitions
+from helpers.loss_checks import samples
+from helpers.loss_checks.check import Check, Setting
+from helpers.loss_checks.closeness import Inaccurate, verify
 
 STATED = {"small": 40, "full": 4000}
 BINS = (("float32", 10), ("bfloat16", 15), ("float16", 1), ("float32", 0))

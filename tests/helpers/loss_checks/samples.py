@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.checks.check import Setting, Spec
-from benchmarks.definitions import IGNORE_INDEX
+from helpers.loss_checks.check import Setting, Spec
+from helpers.loss_checks.definitions import IGNORE_INDEX
 
 SPREAD = 2.5  # standard deviation of the logits
 GAP = {"normal": 0.7, "peaked": 0.7, "near": 1e-3}  # between teacher and student, as a share of SPREAD

@@ -1,0 +1,4 @@
+IMPLEMENTATIONS = {}
+SELECTIONS = {"cuda": (), "cpu": (), "tiny": (), "quick": ()}
+class StepCase: pass
+class StepBench: pass
