@@ -8,7 +8,7 @@ Stages, each of which stands alone (``--stages``):
 * targets: the reference cases beside the implementations that are not compiled, with floors before and after;
 * profile: milliseconds, GB/s and TFLOP/s of each kernel of a step of four losses;
 * compiled: the reference cases beside what ``torch.compile`` compiles, which takes a large part of a minute each;
-* sweep: the number of tokens, beside all others; steps: whole training steps; rest: all other cases.
+* sweep: the number of tokens, without those; steps: whole training steps; rest: all other cases.
 
 Every record and every outcome of a test is on disk as soon as it is known, and the same command goes on where the last
 one stopped. It needs torch, triton, numpy, pytest and pytest-xdist (transformers for training steps), and a checkout.
@@ -30,11 +30,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import correctness, peers, run, step
+from benchmarks import peers, run, step
 from benchmarks.cases import STAGES, Case
 from benchmarks.records import RESULTS, Record, Results, file_name, header, load
 from benchmarks.run import Lost, Setting, Worker
 from benchmarks.step import StepCase
+from tools import device_tests
 
 ORDER = ("correctness", "targets", "profile", "compiled", "sweep", "steps", "rest")
 # Header fields that must be equal in a run that is resumed.
@@ -128,7 +129,7 @@ class Command:
             done = all(self.measure(case, [*step.IMPLEMENTATIONS]) for case in step.SELECTIONS[self.cases])
         else:
             cases = STAGES[self.cases]["targets" if name == "compiled" else name]()
-            wanted = {"targets": (False,), "compiled": (True,)}.get(name, (False, True))
+            wanted = {"compiled": (True,), "rest": (False, True)}.get(name, (False,))
             done = all(
                 self.measure(case, [p.name for p in peers.of_case(case) if p.compiled in wanted]) for case in cases
             )
@@ -145,7 +146,7 @@ class Command:
         if self.head.get("correctness", {}).get("finished") is not True and seconds > 0:
             outcomes = self.results.path.with_suffix(".tests.jsonl")
             select = self.options.correctness_tests
-            found = correctness.check(self.options.device, outcomes, seconds=seconds, select=select)
+            found = device_tests.check(self.options.device, outcomes, seconds=seconds, select=select)
             for failure in found["failures"]:
                 say(f"FAILED  {failure}")
             self.head["correctness"] = found
@@ -175,7 +176,7 @@ class Command:
             if self.late():
                 return False
             try:
-                found[name] = self.call(run.profiled, case, self.setting)
+                found[name] = self.call(run.called, case, self.setting, "profile")
             except (Lost, RuntimeError) as error:
                 self.worker.stop()
                 say(f"profile of {name}: {error}")
@@ -211,7 +212,7 @@ class Command:
     def again(self, case: Case, first: Record) -> None:
         """Measure the first implementation and the floor behind all others, which shows what the order did."""
         try:
-            extra = self.call(run.measured_again, case, first.impl, self.setting)
+            extra = self.call(run.called, case, self.setting, "again", first.impl)
         except (Lost, RuntimeError):
             self.worker.stop()
             return

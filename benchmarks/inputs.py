@@ -55,10 +55,9 @@ class Inputs:
 
     def unmasked(self, *names: str) -> tuple[Tensor, ...]:
         """The rows that are not masked; which they are is known on the host, as in a trainer, so nothing waits."""
-        found = tuple(self.tensors[name] for name in names)
-        if "keep" not in self.tensors:
-            return found
-        return tuple(t.index_select(0, self.tensors["keep"]) for t in found)
+        keep = self.tensors.get("keep")
+        whole = [keep is None or name in SHARED for name in names]
+        return tuple(self[n] if all_ else self[n].index_select(0, keep) for n, all_ in zip(names, whole, strict=True))
 
     @property
     def count(self) -> int:

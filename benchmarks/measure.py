@@ -75,23 +75,6 @@ def _wall(turn: Iterator[Step], count: int) -> list[float]:
     return found
 
 
-class EventTimer:
-    """A timer for pytest-benchmark that uses CUDA events: the difference of two calls is in seconds."""
-
-    def __init__(self) -> None:
-        self._start: torch.cuda.Event | None = None
-
-    def __call__(self) -> float:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        if self._start is None:
-            self._start = event
-            return 0.0
-        event.synchronize()
-        start, self._start = self._start, None
-        return start.elapsed_time(event) * 1e-3
-
-
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -117,71 +117,36 @@ def too_large(needed_bytes: float, device: torch.device) -> str | None:
 def ours(case: Case, **options: Any) -> Loss:
     """The loss of ``case``; ``options`` are added to those of the public function."""
     options = {"backend": "triton" if interpreted() else "auto", **options}
-    softcaps = {"student_softcap": case.softcap, "teacher_softcap": case.softcap}
+    student = {"student_softcap": case.softcap, "beta": case.beta}
+    both, one = {**student, "teacher_softcap": case.softcap}, {"softcap": case.softcap}
+    listed, candidates = ("teacher_ids", "teacher_logprobs", "labels"), ("candidate_ids", "candidate_values", "target")
+    functions: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]] = {
+        "logits": (caop_fast.distillation_loss, ("teacher", "labels"), both),
+        "linear": (caop_fast.linear_distillation_loss, ("teacher_hidden", "teacher_weight", "labels"), both),
+        "topk": (caop_fast.topk_distillation_loss, listed, student),
+        "linear-topk": (caop_fast.linear_topk_distillation_loss, listed, student),
+        "confidence": (caop_fast.confidence_loss, candidates, one),
+        "linear-confidence": (caop_fast.linear_confidence_loss, candidates, one),
+        "tokens": (caop_fast.token_statistics, ("labels",), one),
+        "linear-tokens": (caop_fast.linear_token_statistics, ("labels",), one),
+    }
+    function, names, more = functions[case.suite]
+    names = ("hidden", "weight", *names) if case.linear else ("student", *names)
 
-    def logits(i: Inputs) -> Any:
-        return caop_fast.distillation_loss(
-            i["student"], i["teacher"], i["labels"], **softcaps, beta=case.beta, **options
-        ).loss
+    def run(i: Inputs) -> Tensor:
+        given = i.unmasked(*names) if case.linear else [i[name] for name in names]
+        found = function(*given, **more, **options)
+        return found.loss if case.kind != "tokens" else -found.logprob.sum() / i.count
 
-    def linear(i: Inputs) -> Any:
-        hidden, teacher, labels = i.unmasked("hidden", "teacher_hidden", "labels")
-        return caop_fast.linear_distillation_loss(
-            hidden, i["weight"], teacher, i["teacher_weight"], labels, **softcaps, beta=case.beta, **options
-        ).loss
-
-    def topk(i: Inputs) -> Any:
-        given = i["student"], i["teacher_ids"], i["teacher_logprobs"], i["labels"]
-        return caop_fast.topk_distillation_loss(*given, student_softcap=case.softcap, beta=case.beta, **options).loss
-
-    def linear_topk(i: Inputs) -> Any:
-        hidden, *given = i.unmasked("hidden", "teacher_ids", "teacher_logprobs", "labels")
-        return caop_fast.linear_topk_distillation_loss(
-            hidden, i["weight"], *given, student_softcap=case.softcap, beta=case.beta, **options
-        ).loss
-
-    def confidence(i: Inputs) -> Any:
-        candidates = i["candidate_ids"], i["candidate_values"], i["target"]
-        return caop_fast.confidence_loss(i["student"], *candidates, softcap=case.softcap, **options).loss
-
-    def linear_confidence(i: Inputs) -> Any:
-        given = i["hidden"], i["weight"], i["candidate_ids"], i["candidate_values"], i["target"]
-        return caop_fast.linear_confidence_loss(*given, softcap=case.softcap, **options).loss
-
-    def tokens(i: Inputs) -> Any:
-        found = caop_fast.token_statistics(i["student"], i["labels"], softcap=case.softcap, **options)
-        return -required(found.logprob).sum() / i.count
-
-    def linear_tokens(i: Inputs) -> Any:
-        hidden, labels = i.unmasked("hidden", "labels")
-        found = caop_fast.linear_token_statistics(hidden, i["weight"], labels, softcap=case.softcap, **options)
-        return -required(found.logprob).mean()
-
-    by_suite: dict[str, Loss] = {
-        "logits": logits, "topk": topk, "confidence": confidence, "tokens": tokens, "linear": linear,
-        "linear-topk": linear_topk, "linear-confidence": linear_confidence, "linear-tokens": linear_tokens,
-    }  # fmt: skip
-    return by_suite[case.suite]
-
-
-def required(output: Tensor | None) -> Tensor:
-    """An output that is not None with the arguments given."""
-    assert output is not None
-    return output
+    return run
 
 
 def our_rows(case: Case) -> Loss:
     """``linear_distillation_rows``, for weights that depend on the statistics."""
-
-    def linear(i: Inputs) -> Tensor:
-        hidden, teacher, labels = i.unmasked("hidden", "teacher_hidden", "labels")
-        found = caop_fast.linear_distillation_rows(
-            hidden, i["weight"], teacher, i["teacher_weight"], labels, student_softcap=case.softcap,
-            teacher_softcap=case.softcap, beta=case.beta, backend="triton" if interpreted() else "auto",
-        )  # fmt: skip
-        return found.divergence.mean()
-
-    return linear
+    names = ("hidden", "weight", "teacher_hidden", "teacher_weight", "labels")
+    options: dict[str, Any] = {"beta": case.beta, "backend": "triton" if interpreted() else "auto"}
+    options |= {"student_softcap": case.softcap, "teacher_softcap": case.softcap}
+    return lambda i: caop_fast.linear_distillation_rows(*i.unmasked(*names), **options).divergence.mean()
 
 
 def known_traffic(case: Case) -> int | None:
@@ -314,11 +279,9 @@ def trl_chunked(case: Case) -> Loss:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def run(i: Inputs) -> Tensor:
-        hidden, teacher = i.unmasked("hidden", "teacher_hidden")
+        hidden, weight, teacher, teacher_weight = i.unmasked("hidden", "weight", "teacher_hidden", "teacher_weight")
         options = case.beta, 1.0, 1.0, case.softcap, 1.0, case.softcap
-        heads = (i["weight"], None), (i["teacher_weight"], None)
-        per_token, _ = ChunkedDivergenceFunction.apply(hidden, *heads[0], teacher, *heads[1], *options)
-        return per_token.mean()
+        return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, *options)[0].mean()
 
     return run
 
@@ -357,11 +320,8 @@ def liger_linear(case: Case, *, chunked: bool) -> Loss:
 
         module = LigerFusedLinearJSD(jsd_beta=case.beta)
 
-    def run(i: Inputs) -> Tensor:
-        hidden, teacher, labels = i.unmasked("hidden", "teacher_hidden", "labels")
-        return module(hidden, i["weight"], teacher, i["teacher_weight"], labels)
-
-    return run
+    names = ("hidden", "weight", "teacher_hidden", "teacher_weight", "labels")
+    return lambda i: module(*i.unmasked(*names))
 
 
 def liger_logits(case: Case, *, kl: bool) -> Loss:

@@ -32,10 +32,7 @@ ROOT = Path(__file__).parents[1]
 Status = Literal["ok", "skipped", "oom", "wrong", "error", "crashed"]
 Key = tuple[str, str, str]  # suite, case, implementation
 OURS = "caop_fast"  # the implementation that the others are compared with; its variants begin with that
-VERSIONS = (
-    *("torch", "triton", "transformers", "numpy", "pytest-benchmark"),
-    *("liger-kernel", "trl", "cut-cross-entropy", "flash-attn"),
-)
+PACKAGES = ("torch", "triton", "transformers", "numpy", "liger-kernel", "trl", "cut-cross-entropy", "flash-attn")
 
 
 @dataclass(frozen=True)
@@ -66,23 +63,21 @@ class Record:
     """One implementation on one case.
 
     Attributes:
-        suite: "logits", "linear", "topk", "linear-topk", "confidence", "linear-confidence", "tokens",
-            "linear-tokens" or "step".
+        suite: one of ``cases.SUITES``, or "step".
         case: names the inputs within the suite; the same for every implementation.
         impl: "caop_fast", or a peer's name.
         status, reason: see ``Status``; ``reason`` is None when ok.
-        shape: of the case.
         time_ms: median of a forward and backward; low and high are the 20 % and 80 % quantiles of ``rounds``.
-        floor_ms: lower bound of the time, by ``floor``: "copy" (each input read once and each gradient written once, at
-            the bandwidth of a large copy) or "gemms" (the matrix products alone), both measured in the same run.
+        floor_ms, floor: lower bound of the time and its kind, see ``measure.Floor``.
         gbps: for losses on logits, the floor's bytes over the time, in 1e9 bytes/s.
         traffic_gbps: the bytes the implementation is known to read and write over the time; None if not known.
         tflops: for linear losses, the floor's operations over the time, in 1e12/s.
         peak_bytes: peak memory beyond the inputs (gradients of the inputs count).
-        loss_error: |loss - reference| / |reference|, the reference in float64.
-        grad_error: the largest |g - reference| / |reference| (Euclidean norms) over the gradients.
+        loss_error, grad_error: |value - reference| / |reference| (Euclidean norms), the reference in float64; the
+            largest of all gradients.
         gives: what is returned besides the gradient.
-        extra: what only some suites have (``step``: tokens_per_s, split_ms, layers, ...).
+        extra: "errors" by input, "host_ms" (see ``measure.host_ms``), "again_ms" and "floor_again_ms" (measured behind
+            all others), and what only ``step`` has (tokens_per_s, split_ms, layers, ...).
     """
 
     suite: str
@@ -123,19 +118,14 @@ class Record:
 
     def row(self) -> dict[str, Any]:
         """As it is stored: one flat JSON object."""
-        row: dict[str, Any] = {}
-        for name, value in dataclasses.asdict(self).items():
-            row |= value if name == "shape" else {name: value}
-        return row
+        row = dataclasses.asdict(self)
+        return {**row.pop("shape"), **row}
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> Record:
         """The inverse of ``row``."""
-        shape = {f.name for f in dataclasses.fields(Shape)}
-        return cls(
-            shape=Shape(**{name: value for name, value in row.items() if name in shape}),
-            **{name: value for name, value in row.items() if name not in shape},
-        )
+        shape = {f.name: row[f.name] for f in dataclasses.fields(Shape)}
+        return cls(shape=Shape(**shape), **{name: value for name, value in row.items() if name not in shape})
 
     def __str__(self) -> str:
         """In one line."""
@@ -199,13 +189,18 @@ def load(path: Path) -> Results:
 
 def header(kind: str) -> dict[str, Any]:
     """The hardware ("cuda" or "cpu") and software of this process."""
-    device, gpu = torch.device(kind), kind == "cuda"
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if gpu else None
+    gpu, versions = kind == "cuda", {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    uuid = getattr(torch.cuda.get_device_properties(kind), "uuid", None) if gpu else None
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None
     return {
         "format": FORMAT,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name(device),
+        "device": torch.cuda.get_device_name(kind) if gpu else _processor(),
         "device_type": kind,
         # Distinguishes this GPU from others of its model without identifying it.
         "device_id": None if uuid is None else hashlib.sha256(str(uuid).encode()).hexdigest()[:12],
@@ -217,7 +212,7 @@ def header(kind: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "interpreted": os.environ.get("TRITON_INTERPRET", "0") == "1",
-        "versions": {name: _version(name) for name in VERSIONS},
+        "versions": versions,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "sources": sources(),
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or os.environ.get("CAOP_COMMIT"),
@@ -234,34 +229,23 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model} ({torch.get_num_threads()} threads)"
-
-
 def file_name(header: dict[str, Any]) -> str:
     """``<date>-<device>.json``, the device in lower-case words."""
-    name = header["device"].lower()
-    if header["device_type"] == "cpu":
-        name = f"cpu {name}"
-    for noise in ("nvidia", "(r)", "(tm)", "processor", "80gb hbm3"):
-        name = name.replace(noise, " ")
+    name = f"{'cpu ' if header['device_type'] == 'cpu' else ''}{header['device'].lower()}"
+    name = re.sub(r"nvidia|\(r\)|\(tm\)|processor|80gb hbm3", " ", name)
     words = re.sub(r"[^a-z0-9.]+", "-", name).strip("-")
     return f"{header['date'][:10]}-{'interpreted-' if header['interpreted'] else ''}{words}.json"
 
 
-def _version(package: str) -> str | None:
+def _processor() -> str:
+    """Its name, and the threads used of it."""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    except OSError:
+        model = None
+    name = model[1] if model else platform.processor() or platform.machine()
+    return f"{name} ({torch.get_num_threads()} threads)"
 
 
 def _output(*command: str) -> str | None:

@@ -204,25 +204,11 @@ def measured(case: Case | StepCase, impl: str, setting: Setting) -> Record:
         release()
 
 
-def measured_again(case: Case, impl: str, setting: Setting) -> dict[str, float]:
-    """See ``Bench.again``; nothing if that fails."""
+def called(case: Case, setting: Setting, method: str, *arguments: Any) -> Any:
+    """What a method of the bench of ``case`` returns, such as ``again`` and ``profile``."""
     bench = prepared(case, setting)
     try:
-        return bench.again(impl) if isinstance(bench, Bench) else {}
-    except Exception as error:
-        if dead(error):
-            raise
-        return {}
-    finally:
-        bench.clear()
-        release()
-
-
-def profiled(case: Case, setting: Setting) -> dict[str, Any]:
-    """See ``Bench.profile``."""
-    bench = prepared(case, setting)
-    try:
-        return bench.profile() if isinstance(bench, Bench) else {}
+        return getattr(bench, method)(*arguments)
     finally:
         bench.clear()
         release()
@@ -284,19 +270,15 @@ class Worker:
         process, pipe = self._process, self._pipe
         pipe.send((function, arguments))
         ready = multiprocessing.connection.wait([pipe, process.sentinel], seconds)
-        if not ready or not pipe.poll(0):
-            if ready:
-                process.join()
-            code = process.exitcode
-            self.stop()
-            raise Lost(f"no answer within {seconds:g} s" if not ready else f"the process ended: {_ending(code)}")
         try:
+            if not pipe.poll():
+                raise EOFError
             answer, error = pipe.recv()
         except EOFError:
-            process.join(1)
+            process.join(1 if ready else 0)
             code = process.exitcode
             self.stop()
-            raise Lost(f"the process ended: {_ending(code)}") from None
+            raise Lost(f"the process ended: {_ending(code)}" if ready else f"no answer within {seconds:g} s") from None
         if error is not None:
             raise error
         return answer

@@ -1,4 +1,10 @@
 IMPLEMENTATIONS = {}
 SELECTIONS = {"cuda": (), "cpu": (), "tiny": (), "quick": ()}
-class StepCase: pass
-class StepBench: pass
+
+
+class StepCase:
+    pass
+
+
+class StepBench:
+    pass

@@ -9,6 +9,8 @@ the JSON file of pytest-benchmark.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,9 +19,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import cases, measure, peers, step
 from benchmarks.cases import Case
-from benchmarks.records import Record
-from benchmarks.run import Bench, Setting, fresh_compiler, last_line, out_of_memory, prepared, refusal, release
-from benchmarks.step import StepBench, StepCase
+from benchmarks.run import Setting, last_line, out_of_memory, prepared, refusal, release
+from benchmarks.step import StepCase
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS = {"cuda": 1.0, "cpu": 0.4}[DEVICE.type]  # of timed rounds
@@ -29,6 +30,20 @@ PAIRS: list[tuple[Case | StepCase, str]] = [
     *((case, p.name) for case in SELECTION for p in peers.of_case(case) if p.name != "official-compiled"),
     *((case, impl) for case in STEPS for impl in step.IMPLEMENTATIONS),
 ]
+
+
+def timed_by(benchmark: Any, steps: Sequence[Any], device: torch.device, *, seconds: float, rounds: int) -> list[float]:
+    """In place of ``measure.timing``: milliseconds of each round of ``steps`` in turn."""
+    turn = itertools.cycle(steps)
+    once = measure.timing([next(turn)], device, seconds=0.0, warmup=1)[-1] / 1e3
+
+    def run(step: Any) -> None:
+        step()
+        measure.synchronize(device)
+
+    count = max(measure.MIN_ROUNDS, min(rounds, int(seconds / once)))
+    benchmark.pedantic(run, setup=lambda: ((next(turn),), {}), rounds=count, iterations=1, warmup_rounds=1)
+    return [1e3 * s for s in benchmark.stats.stats.data]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +61,7 @@ def test_speed(
     mine = impl.startswith("caop_fast")
     benchmark.group = f"{case.record('').suite}: {case.name}"
     try:
-        found = measured(benchmark, prepared(case, setting), impl)
+        found = prepared(case, setting).measure(impl, partial(timed_by, benchmark))
     except measure.Wrong as error:
         (pytest.fail if mine else pytest.xfail)(f"{impl} is wrong: {error}")
     except Exception as error:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, correctness, gpu, records, run
+from benchmarks import cases, gpu, records, run
 from benchmarks.records import Record, Results
 from helpers import interpreted
+from tools import device_tests
 
 QUICKLY = ("--device", "cpu", "--cases", "tiny", "--seconds", "0.01", "--rounds", "3", "--minutes", "8")
 MEASURED = run.measured
@@ -96,7 +97,7 @@ def test_a_failed_test_fails_the_command(
         counts = {"passed": 1, "failed": 1, "skipped": 0, "failures": ["a loss: is wrong"]}
         return {**counts, "finished": len(calls) > 1}
 
-    monkeypatch.setattr(correctness, "check", check)
+    monkeypatch.setattr(device_tests, "check", check)
     for finished, count in ((False, 1), (True, 2), (True, 2)):
         assert command(tmp_path, "--stages", "correctness") == 1
         assert len(calls) == count
@@ -124,7 +125,7 @@ def interpreted_command(root: Path, out: Path, *arguments: str) -> subprocess.Co
 
 def test_a_wrong_kernel_fails_the_correctness_stage(tmp_path: Path) -> None:
     copy = tmp_path / "project"
-    for folder in ("benchmarks", "caop_fast", "kernels", "tests"):
+    for folder in ("benchmarks", "caop_fast", "kernels", "tests", "tools"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(records.ROOT / folder, copy / folder, ignore=ignored)
     shutil.copy(records.ROOT / "pyproject.toml", copy)

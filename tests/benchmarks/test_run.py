@@ -70,7 +70,7 @@ def test_a_record_has_what_was_measured(case: Case, impl: str) -> None:
     assert found.grad_error is not None
     assert 0 < found.grad_error < 1e-3
     assert found.loss_error < 1e-3
-    again = run.measured_again(case, impl, SETTING)
+    again = run.called(case, SETTING, "again", impl)
     assert set(again) == {"again_ms", "floor_again_ms"}
     assert min(again.values()) > 0
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
-from transformers import Qwen3ForCausalLM
-
 from benchmarks.failures import Dead
-from benchmarks.records import Record
-from benchmarks.step import bench as bench_module
-from benchmarks.step import job as module
 from benchmarks.step.bench import FIRST_SEED, IMPLEMENTATIONS, STAGES, Batch, Bench, Implementation, Prompts, reference
 from benchmarks.step.cases import MODELS, SELECTIONS, TINY, StepCase
 from benchmarks.step.job import StepJob
+from transformers import Qwen3ForCausalLM
+
+from benchmarks.records import Record
+from benchmarks.step import bench as bench_module
+from benchmarks.step import job as module
 
 CPU = torch.device("cpu")
 OFFICIAL, OURS = IMPLEMENTATIONS["official"], IMPLEMENTATIONS["caop_fast"]

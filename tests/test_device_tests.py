@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import correctness
+from tools import device_tests
 
 OUTCOMES = """
 import os, signal, time, pytest
@@ -35,11 +35,11 @@ def run(folder: Path, *, seconds: float = 120.0, select: str | None = None, **fi
     tests.mkdir(exist_ok=True)
     for name, text in files.items():
         (tests / f"{name}.py").write_text(text)
-    return correctness.check("cpu", folder / "outcomes.jsonl", seconds=seconds, select=select, tests=[tests])
+    return device_tests.check("cpu", folder / "outcomes.jsonl", seconds=seconds, select=select, tests=[tests])
 
 
 def test_crashes_and_hangs_fail_their_test_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(correctness.HANGING, "3")
+    monkeypatch.setenv(device_tests.HANGING, "3")
     found = run(tmp_path, test_a=OUTCOMES, test_b="import nowhere_to_be_found")
     assert found["finished"]
     assert found["skipped"] == 1
@@ -97,5 +97,5 @@ def test_a_gpu_is_not_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     outcomes = tmp_path / "x"
     outcomes.touch()
-    assert "TRITON_INTERPRET" not in correctness.environment("cuda", outcomes)
-    assert correctness.environment("cpu", outcomes)["TRITON_INTERPRET"] == "1"
+    assert "TRITON_INTERPRET" not in device_tests.environment("cuda", outcomes)
+    assert device_tests.environment("cpu", outcomes)["TRITON_INTERPRET"] == "1"

@@ -23,9 +23,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.measure import alive
-from benchmarks.records import ROOT
-
+ROOT = Path(__file__).parents[1]
 TESTS = (ROOT / "tests" / "kernels" / "device", ROOT / "tests" / "losses" / "device")
 OUTCOMES = "CAOP_OUTCOMES"  # file to append {"name", "outcome", "detail"} to, a JSON object a line
 KNOWN = "CAOP_KNOWN_OUTCOMES"  # number of its lines at the start: a process that starts later must find the same tests
@@ -52,7 +50,7 @@ def check(
         whether all ran.
     """
     made = [sys.executable, "-m", "pytest", *map(str, tests), "-o", "addopts=", "-p", "no:cacheprovider"]
-    made += ["-p", "benchmarks.correctness", "--continue-on-collection-errors", "--tb=short", "-q"]
+    made += ["-p", "tools.device_tests", "--continue-on-collection-errors", "--tb=short", "-q"]
     made += ["-n", "auto"] if find_spec("xdist") is not None else []
     made += ["-k", select] if select is not None else []
     outcomes.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +93,7 @@ def _stopped_after(seconds: float, command: Sequence[str], env: dict[str, str]) 
 
 
 def decided(outcomes: Path, lines: int | None = None) -> dict[str, dict[str, str]]:
-    """The outcomes in the first lines of a file by the name of the test; the last counts, and a cut-off line does not."""
+    """The outcomes in the first lines of a file by test; the last one counts, and a line that was cut off does not."""
     found = {}
     for line in outcomes.read_text(encoding="utf-8").splitlines()[:lines]:
         with contextlib.suppress(json.JSONDecodeError):
@@ -137,9 +135,19 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 def pytest_exception_interact(report: pytest.TestReport | pytest.CollectReport) -> None:
     """A process whose device stopped working ends, since no further test could pass in it."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized() and not alive(torch.device("cuda")):
+    if torch is not None and torch.cuda.is_initialized() and not _alive(torch):
         os.write(STDERR, report.longreprtext.encode())
         os._exit(1)
+
+
+def _alive(torch: Any) -> bool:
+    """After an illegal memory access no call succeeds."""
+    try:
+        return torch.ones(2, device="cuda").sum().item() == 2
+    except torch.OutOfMemoryError:
+        return True
+    except RuntimeError:
+        return False
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
