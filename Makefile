@@ -8,7 +8,7 @@
 #   make plant-errors  plants errors in a copy of the project and demands that a test fails for each
 #   make bench-quick   every benchmark suite on this CPU beside PyTorch, torch.compile, TRL, Liger and CCE, in minutes
 #   make bench-cpu     the recorded table of a CPU (about half an hour on a machine with nothing else to do)
-#   make report        benchmarks/RESULTS.md and its plots from benchmarks/results/*.json
+#   make report        benchmarks/RESULTS.md and a page for each device from benchmarks/results/*.json
 # Options: PYTHON=python3.12, PIP_ARGS="..." (passed to pip), ARGS="..." (passed to the demo or to pytest).
 
 PYTHON   ?= python3
@@ -43,10 +43,10 @@ format: $(VENV)/.has-dev
 	$(PY) -m ruff format .
 
 bench-quick: $(VENV)/.has-bench $(VENV)/.has-peers
-	$(PY) -m pytest benchmarks --quick --benchmark-columns=median,iqr,rounds $(ARGS)
+	$(PY) -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
 
 bench-cpu: $(VENV)/.has-bench $(VENV)/.has-peers
-	$(PY) -m benchmarks.cpu $(ARGS)
+	$(PY) -m benchmarks.gpu --device cpu --minutes 60 $(ARGS)
 
 report: $(VENV)/.has-bench
 	$(PY) -m benchmarks.report $(ARGS)
