@@ -105,7 +105,7 @@ def host_ms(steps: Sequence[Step], device: torch.device) -> float:
 def peak(step: Step, device: torch.device) -> int:
     """Peak memory of ``step`` in bytes beyond what was allocated before; warm up with a call before."""
     if device.type != "cuda":
-        return peak_bytes(step)
+        return max(0, *itertools.accumulate(allocations(step)))
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -114,44 +114,15 @@ def peak(step: Step, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-@dataclass(frozen=True)
-class Allocations:
-    """The allocations of a call on the CPU, as PyTorch's profiler reports them.
-
-    Attributes:
-        count: number of allocations.
-        total: bytes of all.
-        peak: most bytes allocated at one time beyond what was allocated before.
-        largest: bytes of the largest.
-    """
-
-    count: int
-    total: int
-    peak: int
-    largest: int
-
-
-def allocations(call: Step) -> Allocations:
-    """The allocations of ``call``; RuntimeError if the profiler reports none."""
+def allocations(call: Step) -> list[int]:
+    """Bytes that ``call`` allocates on the CPU and, negative, frees, in their order, by PyTorch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     if not events:
         raise RuntimeError("the profiler recorded no allocation: peak memory is unknown")
-    live = highest = 0
-    taken = []
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        highest = max(highest, live)
-        if event.nbytes() > 0:
-            taken.append(event.nbytes())
-    return Allocations(len(taken), sum(taken), highest, max(taken, default=0))
-
-
-def peak_bytes(call: Step) -> int:
-    """Peak memory of ``call`` on the CPU in bytes, beyond what was allocated before."""
-    return allocations(call).peak
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
 def profile(step: Step, device: torch.device, copy_gbps: float) -> dict[str, Any]:

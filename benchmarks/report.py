@@ -258,7 +258,7 @@ def series(results: Results) -> list[list[Case]]:
     """Cases that differ in N only, by increasing N."""
     found: dict[tuple[str, Shape], list[Case]] = defaultdict(list)
     for case in cases(results):
-        found[case.suite, case.shape.without("n")] += [case] if case.shape.n else []
+        found[case.suite, replace(case.shape, n=None)] += [case] if case.shape.n else []
     return list(found.values())
 
 

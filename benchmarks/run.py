@@ -27,7 +27,7 @@ from benchmarks.inputs import Inputs, make, reference
 from benchmarks.measure import Wrong
 from benchmarks.peers import Loss, Peer, known_traffic
 from benchmarks.records import OURS, Record, quantiles
-from benchmarks.step import StepBench, StepCase
+from benchmarks.step import StepBench, StepCase, needed_bytes
 
 T = TypeVar("T")
 SAMPLED = 64  # tokens and ids, of all, whose rows of the gradients are compared with float64
@@ -180,7 +180,7 @@ def refusal(case: Case | StepCase, impl: str, device: torch.device) -> str | Non
         return peers.named(impl).refusal(case, device)
     if not peers.installed("transformers"):
         return "transformers is not installed"
-    return peers.too_large(case.needed_bytes(impl), device)
+    return peers.too_large(needed_bytes(case, impl), device)
 
 
 def measured(case: Case | StepCase, impl: str, setting: Setting) -> Record:

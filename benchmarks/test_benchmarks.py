@@ -20,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import cases, measure, peers, step
 from benchmarks.cases import Case
 from benchmarks.run import Setting, last_line, out_of_memory, prepared, refusal, release
-from benchmarks.step import StepCase
+from benchmarks.step import FIRST_SEED, StepBench, StepCase
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS = {"cuda": 1.0, "cpu": 0.4}[DEVICE.type]  # of timed rounds
@@ -61,7 +61,13 @@ def test_speed(
     mine = impl.startswith("caop_fast")
     benchmark.group = f"{case.record('').suite}: {case.name}"
     try:
-        found = prepared(case, setting).measure(impl, partial(timed_by, benchmark))
+        bench = prepared(case, setting)
+        if isinstance(bench, StepBench):
+            found, seeds = bench.measure(impl), itertools.count(FIRST_SEED)
+            before = lambda: (bench.reset(), ((impl, next(seeds)), {}))[1]  # noqa: E731
+            benchmark.pedantic(bench.step, setup=before, rounds=2, iterations=1)
+        else:
+            found = bench.measure(impl, partial(timed_by, benchmark))
     except measure.Wrong as error:
         (pytest.fail if mine else pytest.xfail)(f"{impl} is wrong: {error}")
     except Exception as error:

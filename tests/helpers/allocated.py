@@ -8,15 +8,17 @@ After a deliberate change, record them anew and say why in the commit::
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 
 from benchmarks import cases, peers
 from benchmarks.cases import Case
 from benchmarks.inputs import make
-from benchmarks.measure import Allocations, allocations
+from benchmarks.measure import allocations
 
 CPU = torch.device("cpu")
 N, V, H = 300, 128256, 16  # linear losses: two chunks of tokens and, with memory="min", several vocabulary blocks
@@ -25,11 +27,27 @@ WARM_UP = 2  # tokens
 VARIANTS = ("caop_fast-min", "caop_fast-rows", "caop_fast-bf16-logits")
 
 
+@dataclasses.dataclass(frozen=True)
+class Allocations:
+    """Number of allocations, bytes of all, most bytes at one time, and bytes of the largest."""
+
+    count: int
+    total: int
+    peak: int
+    largest: int
+
+    @classmethod
+    def of(cls, call: Callable[[], object]) -> Allocations:
+        changes = allocations(call)
+        taken = [size for size in changes if size > 0]
+        return cls(len(taken), sum(taken), max(0, *itertools.accumulate(changes)), max(taken, default=0))
+
+
 def measured(case: Case, impl: str) -> Allocations:
     """Of a forward and backward, beyond the inputs."""
     inputs, loss = make(case, CPU), peers.named(impl).build(case)
     loss(inputs.first(WARM_UP)).backward()  # allocations of the first use
-    return allocations(lambda: loss(inputs).backward())
+    return Allocations.of(lambda: loss(inputs).backward())
 
 
 def pairs() -> dict[str, tuple[Case, str]]:
