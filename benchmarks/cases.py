@@ -68,28 +68,18 @@ class Case:
     @property
     def shape(self) -> Shape:
         """What applies to the suite."""
-        return Shape(
-            self.model,
-            self.dtype,
-            self.n,
-            self.v,
-            self.h if self.linear else None,
-            beta=self.beta if self.suite in DISTILLATION else None,
-            head_trained=self.head_trained if self.linear else None,
-            masked=self.masked,
-        )
+        h, head_trained = (self.h, self.head_trained) if self.linear else (None, None)
+        beta = self.beta if self.suite in DISTILLATION else None
+        return Shape(self.model, self.dtype, self.n, self.v, h, beta, head_trained, self.masked)
 
     @property
     def name(self) -> str:
         """Unique within the suite."""
-        shape = self.shape
-        parts = [self.model, f"N={self.n}", f"V={self.v}"]
-        parts += [] if shape.h is None else [f"H={shape.h}"]
-        parts += [self.dtype]
+        shape, parts = self.shape, [self.model, f"N={self.n}", f"V={self.v}"]
+        parts += [*([] if shape.h is None else [f"H={shape.h}"]), self.dtype]
         parts += [] if shape.beta is None else [f"beta={shape.beta:g}"]
         parts += ["frozen"] if shape.head_trained is False else []
-        parts += [f"masked={self.masked:g}"] if self.masked else []
-        return " ".join(parts)
+        return " ".join([*parts, f"masked={self.masked:g}"] if self.masked else parts)
 
     @property
     def unmasked(self) -> int:
@@ -105,10 +95,8 @@ class Case:
     def input_bytes(self) -> int:
         """Bytes of the inputs and of their gradients, without what is small."""
         models = 2 if self.kind == "logits" else 1
-        if not self.linear:
-            return (models + 1) * self.n * self.v * self.itemsize
-        weights = models + self.head_trained
-        return ((models + 1) * self.n + weights * self.v) * self.h * self.itemsize
+        of_tokens, of_heads = (models + 1) * self.n, (models + self.head_trained) * self.v
+        return ((of_tokens + of_heads) * self.h if self.linear else of_tokens * self.v) * self.itemsize
 
     @property
     def itemsize(self) -> int:
@@ -133,8 +121,8 @@ def small(suite: str, n: int, v: int, h: int, dtype: str = "float32", **options:
 def targets() -> list[Case]:
     """The reference cases of a GPU."""
     heads = product(("Qwen3-8B", "Qwen3-0.6B"), (True, False))
-    linear = [case("linear", model, 8192, head_trained=trained) for model, trained in heads]
-    return [linear[0], case("logits", "Qwen3-8B", 8192), *linear[1:]]
+    first, *others = [case("linear", model, 8192, head_trained=trained) for model, trained in heads]
+    return [first, case("logits", "Qwen3-8B", 8192), *others]
 
 
 def sweep() -> list[Case]:
@@ -144,10 +132,10 @@ def sweep() -> list[Case]:
 
 def rest() -> list[Case]:
     """Every other axis by itself, the other losses, and then all combinations, for as long as there is time."""
-    return list(dict.fromkeys([*_axes(), *_product()]))
+    return list(dict.fromkeys(_rest()))
 
 
-def _axes() -> Iterator[Case]:
+def _rest() -> Iterator[Case]:
     yield from (case(suite, "Qwen3-8B", 8192) for suite in ("linear-tokens", "tokens", "topk", "linear-topk"))
     yield from (case(suite, "Qwen3-8B", 1024) for suite in ("confidence", "linear-confidence"))
     yield from (case(suite, "Qwen3-8B", 8192, beta=beta) for suite in ("linear", "logits") for beta in BETAS[1:])
@@ -156,9 +144,6 @@ def _axes() -> Iterator[Case]:
     yield from (case(suite, "Qwen3-8B", 8192, "float32") for suite in ("linear", "logits"))
     yield from (case("linear", "Qwen3-0.6B", n) for n in SIZES)
     yield from (case(s, "Qwen3-8B", n) for s in ("tokens", "topk", "linear-tokens", "linear-topk") for n in SIZES)
-
-
-def _product() -> Iterator[Case]:
     for dtype, n, model in product(("bfloat16", "float32"), (8192, 4096, 1024, 256, 32768), HEADS):
         for beta, masked in product(BETAS, (0.0, MASKED)):
             yield case("logits", model, n, dtype, beta=beta, masked=masked)

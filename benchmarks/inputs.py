@@ -72,10 +72,6 @@ class Inputs:
         made = {name: t.detach().clone().requires_grad_(t.requires_grad) for name, t in self.tensors.items()}
         return Inputs(self.case, made)
 
-    def first(self, n: int) -> Inputs:
-        """The first ``n`` tokens."""
-        return self.rows(torch.arange(min(n, self.case.n), device=self["labels"].device))
-
     def rows(self, index: Tensor) -> Inputs:
         """The tokens at ``index`` [M], with gradients of their own; heads and candidates share their memory."""
         made = {}
@@ -183,16 +179,10 @@ def _top_k(case: Case, logit_blocks: Iterator[Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Reference:
-    """The loss of all tokens in float64, and some rows of its gradients.
-
-    Attributes:
-        loss: scalar.
-        rows: by the name of the input, which rows: evenly spaced tokens or ids from the first to the last.
-        gradients: those rows, by the name of the input.
-    """
+    """The loss of all tokens in float64, and some rows of its gradients by the name of the input."""
 
     loss: Tensor
-    rows: dict[str, Tensor]
+    rows: dict[str, Tensor]  # evenly spaced tokens or ids from the first to the last
     gradients: dict[str, Tensor]
 
     def errors(self, loss: Tensor, gradients: dict[str, Tensor]) -> dict[str, float]:

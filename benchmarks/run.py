@@ -13,7 +13,7 @@ import multiprocessing.connection
 import signal
 import statistics
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -39,19 +39,12 @@ OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAlloc
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and for how long implementations are measured.
+    """Where and for how long implementations are measured."""
 
-    Attributes:
-        device: "cuda" or "cpu".
-        copy_gbps: bandwidth of a large copy, in 1e9 bytes/s.
-        seconds: of timed rounds for each implementation, about.
-        rounds: at most.
-    """
-
-    device: str
-    copy_gbps: float
-    seconds: float = 1.0
-    rounds: int = 50
+    device: str  # "cuda" or "cpu"
+    copy_gbps: float  # bandwidth of a large copy, in 1e9 bytes/s
+    seconds: float = 1.0  # of timed rounds for each implementation, about
+    rounds: int = 50  # at most
 
 
 class Bench:
@@ -61,28 +54,23 @@ class Bench:
         self.case, self.setting, self.device = case, setting, torch.device(setting.device)
         self.inputs = make(case, self.device)
         self.reference = reference(self.inputs, SAMPLED)
-        self.floor = self._floor(setting.copy_gbps)
-
-    def _floor(self, copy_gbps: float) -> measure.Floor:
-        return measure.floor(self.case, self.device, copy_gbps, self.setting.seconds / 2)
+        self.floor = measure.floor(case, self.device, setting.copy_gbps, setting.seconds / 2)
 
     def examine(self, peer: Peer) -> tuple[dict[str, float], int, Loss]:
         """Errors of the loss and each gradient, peak memory, and the loss; ``Wrong`` if it is too far off."""
         fresh_compiler()
         loss = peer.build(self.case)
-        errors = self.reference.errors(*self._compared(loss))
+        self.inputs.clear()
+        value = loss(self.inputs)
+        value.backward(torch.full_like(value, UPSTREAM))
+        gradients = {name: gradient / UPSTREAM for name, gradient in self.inputs.gradients().items()}
+        errors = self.reference.errors(value, gradients)
+        del value, gradients
         highest_loss, highest = peer.limits(self.case)
         if not all(error <= (highest_loss if name == "loss" else highest) for name, error in errors.items()):
             raise Wrong(", ".join(f"{name} error {error:.2g}" for name, error in errors.items()))
         self.inputs.clear()  # gradients freed during the step would lower its peak
         return errors, measure.peak(step(loss, self.inputs), self.device), loss
-
-    def _compared(self, loss: Loss) -> tuple[Tensor, dict[str, Tensor]]:
-        """The value and the gradients for an upstream gradient other than 1."""
-        self.inputs.clear()
-        value = loss(self.inputs)
-        value.backward(torch.full_like(value, UPSTREAM))
-        return value, {name: gradient / UPSTREAM for name, gradient in self.inputs.gradients().items()}
 
     def steps(self, loss: Loss) -> list[Callable[[], Tensor]]:
         """Steps to time in turn."""
@@ -99,12 +87,8 @@ class Bench:
         steps = self.steps(loss)
         rounds = timing(steps, self.device, seconds=self.setting.seconds, rounds=self.setting.rounds)
         host = {"host_ms": measure.host_ms(steps, self.device)} if self.device.type == "cuda" else {}
-        return self.filled(peer, errors, peak, rounds, **host)
-
-    def filled(self, peer: Peer, errors: dict[str, float], peak: int, rounds: Sequence[float], **extra: Any) -> Record:
-        """The record of what was measured."""
-        found, floor = replace(self.case.record(peer.name), **quantiles(rounds)), self.floor
-        moved = known_traffic(self.case) if peer.name == OURS else None
+        found, floor = replace(self.case.record(impl), **quantiles(rounds)), self.floor
+        moved = known_traffic(self.case) if impl == OURS else None
         return replace(
             found,
             floor_ms=floor.ms,
@@ -116,7 +100,7 @@ class Bench:
             loss_error=errors["loss"],
             grad_error=max(error for name, error in errors.items() if name != "loss"),
             gives=peer.gives_for(self.case),
-            extra={"errors": errors, **extra},
+            extra={"errors": errors, **host},
         )
 
     def again(self, impl: str) -> dict[str, float]:
@@ -124,10 +108,10 @@ class Bench:
         fresh_compiler()
         steps = self.steps(peers.named(impl).build(self.case))
         rounds = measure.timing(steps, self.device, seconds=self.setting.seconds, rounds=self.setting.rounds)
-        copied = (
-            self.setting.copy_gbps if self.case.linear else measure.copy_gbps(self.device, self.setting.seconds / 2)
-        )
-        return {"again_ms": statistics.median(rounds), "floor_again_ms": self._floor(copied).ms}
+        half = self.setting.seconds / 2
+        copied = 0.0 if self.case.linear else measure.copy_gbps(self.device, half)
+        floor = measure.floor(self.case, self.device, copied, half)
+        return {"again_ms": statistics.median(rounds), "floor_again_ms": floor.ms}
 
     def profile(self) -> dict[str, Any]:
         """Where the time of a forward and backward of caop_fast goes."""

@@ -46,7 +46,7 @@ class Allocations:
 def measured(case: Case, impl: str) -> Allocations:
     """Of a forward and backward, beyond the inputs."""
     inputs, loss = make(case, CPU), peers.named(impl).build(case)
-    loss(inputs.first(WARM_UP)).backward()  # allocations of the first use
+    loss(inputs.rows(torch.arange(WARM_UP))).backward()  # allocations of the first use
     return Allocations.of(lambda: loss(inputs).backward())
 
 

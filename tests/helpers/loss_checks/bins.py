@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import caop_fast
-from helpers.loss_checks import definitions
-from helpers.loss_checks import samples
+from helpers.loss_checks import definitions, samples
 from helpers.loss_checks.check import Check, Setting
 from helpers.loss_checks.closeness import Inaccurate, verify
 

@@ -8,11 +8,10 @@ from functools import partial
 from torch import Tensor
 
 import caop_fast
-from helpers.loss_checks import definitions
-from helpers.loss_checks import samples
+from caop_fast import DistillationOutput
+from helpers.loss_checks import definitions, samples
 from helpers.loss_checks.check import Check, DenseOptions, Setting, Spec
 from helpers.loss_checks.closeness import verify
-from caop_fast import DistillationOutput
 
 ROWWISE = ("divergence", "student_logprob", "student_entropy")
 LOSS_SPECS = (

@@ -8,8 +8,7 @@ from functools import partial
 from torch import Tensor
 
 import caop_fast
-from helpers.loss_checks import definitions
-from helpers.loss_checks import samples
+from helpers.loss_checks import definitions, samples
 from helpers.loss_checks.check import Check, Setting, Spec, TokenOptions
 from helpers.loss_checks.closeness import verify
 
