@@ -15,6 +15,7 @@ from caop_fast.losses.operator import GradientOperator, Operator, Overwrites
 from caop_fast.losses.options import ExecutionConfig, TopKOptions
 from caop_fast.losses.outputs import DistillationOutput
 from caop_kernels.constants import MAX_LISTED, TAILS, TOPK_SAVED_FIELDS
+from caop_kernels.listed_ids import repeated_ids, sort_ids
 
 # A log-sum-exp in float32 is rounded by up to 5e-4 for logits up to 1e4, so honest log-probabilities may exceed 0 by
 # that much.
@@ -81,7 +82,8 @@ def topk_distillation_loss(
             backward is an error.
         backend: "torch", "triton", or "auto" (Triton on GPUs where it is installed).
         validate: check values of tensors (ids, log-probabilities, labels, weights, beta), which makes the host wait
-            for a GPU; None does so on the CPU only. Unchecked, a bad id, label or beta entry gives NaN in its row.
+            for a GPU; None does so on the CPU only. Unchecked, a bad label or beta entry gives NaN in its row,
+            as does an id out of range or listed twice.
 
     Returns:
         DistillationOutput; statistics are float32 (float64 when ``student_logits`` or ``teacher_logprobs`` are), with
@@ -163,21 +165,23 @@ class GradientInputs(NamedTuple):
     grads: DistillationGrads
 
 
-def check_values(batch: TopKBatch, options: TopKOptions, vocab: int) -> None:
-    """ValueError on values the mathematics cannot take. Ids and log-probabilities count in rows of weight > 0 only."""
+def check_values(batch: TopKBatch, options: TopKOptions, vocab: int, sorted_ids: Tensor) -> None:
+    """ValueError on values the mathematics cannot take. Ids and log-probabilities count in rows of weight > 0 only.
+
+    ``sorted_ids`` [N, k]: the ids as ``sort_ids`` returns them.
+    """
     _, ids, logprobs, labels, weights = batch
     checks.check_labels(labels, vocab)
     checks.check_weights(weights)
     checks.check_beta(options.beta)
     if weights is not None:
-        ids, logprobs = ids[weights != 0], logprobs[weights != 0]
+        ids, logprobs, sorted_ids = (listed[weights != 0] for listed in (ids, logprobs, sorted_ids))
     bad = (ids < -1) | (ids >= vocab)
     if bool(bad.any()):
         raise ValueError(f"teacher_ids must be -1 (padding) or in [0, {vocab}), got {int(ids[bad][0])}")
-    ordered = ids.sort(-1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    twice = repeated_ids(sorted_ids)
     if bool(twice.any()):
-        raise ValueError(f"teacher_ids must be distinct within a row, got {int(ordered[:, 1:][twice][0])} twice")
+        raise ValueError(f"teacher_ids must be distinct within a row, got {int(sorted_ids[:, 1:][twice][0])} twice")
     bad = ~(logprobs <= LOGPROB_SLACK) & (ids >= 0)
     if bool(bad.any()):
         raise ValueError(f"teacher_logprobs must be log-probabilities <= 0, got {float(logprobs[bad][0])}")
@@ -185,9 +189,10 @@ def check_values(batch: TopKBatch, options: TopKOptions, vocab: int) -> None:
 
 def _rows(inputs: TopKInputs) -> TopKRows:
     batch, options, vocab, execution = inputs
+    sorted_ids = sort_ids(batch.ids, vocab)
     if execution.validate:
-        check_values(batch, options, vocab)
-    return get_backend(execution.backend).topk_rows(batch, options, vocab)
+        check_values(batch, options, vocab, sorted_ids)
+    return get_backend(execution.backend).topk_rows(batch, options, vocab, sorted_ids)
 
 
 def _fake_rows(inputs: TopKInputs) -> TopKRows:

@@ -23,6 +23,7 @@ from caop_kernels.checks import assert_labels, assert_rows, contiguous, shared_c
 from caop_kernels.constants import MAX_LISTED, TAILS, TOPK_SAVED_FIELDS
 from caop_kernels.gradient import split_beta
 from caop_kernels.launch import backend_of, compute_type, current_device, scaling
+from caop_kernels.listed_ids import sort_ids
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2
 from caop_kernels.state import EXCLUDED, FLOOR
@@ -44,22 +45,31 @@ class TopkStatistics(NamedTuple):
     teacher_entropy: torch.Tensor
     """Over the outcomes compared."""
     saved_statistics: torch.Tensor
-    """[TOPK_SAVED_FIELDS, N] for the gradient: m (log2 units) and z of the whole row, m and z of its tail."""
+    """[TOPK_SAVED_FIELDS, N] for the gradient: m (log2 units) and z of the whole row, m and z of its tail. NaN where
+    the ids are bad."""
 
 
 @triton.jit
 def load_listed(student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, SOFTCAP: tl.constexpr):
-    """(ids, valid, v, lp, bad): the list of a row, the student's logits there (after tanh), and whether an id is bad.
+    """(ids, valid, v, lp): the list of a row, and the student's logits there (after tanh).
 
     Lanes that list nothing are not valid and have v = 0 and lp = -inf. Nothing is read for an id out of range.
     """
     ids = tl.load(ids_ptr + row * k + lane, mask=lane < k, other=-1).to(tl.int64)
     valid = (ids >= 0) & (ids < n_cols)
-    bad = tl.sum(((ids < -1) | (ids >= n_cols)).to(tl.int32), axis=0) > 0
     lp = tl.load(logprobs_ptr + row * k + lane, mask=lane < k, other=float("-inf")).to(student.scale.dtype)
     lp = tl.where(valid, lp, float("-inf"))
     v = gather_logits(student, ids, valid, SOFTCAP)
-    return ids, valid, v, lp, bad
+    return ids, valid, v, lp
+
+
+@triton.jit
+def bad_list(sorted_ids, lane, k, n_cols):
+    """Whether a row's ids, in the order of `sort_ids`, hold one outside [-1, n_cols), or one twice."""
+    ids = tl.load(sorted_ids + lane, mask=lane < k, other=-1)
+    before = tl.load(sorted_ids + lane - 1, mask=(lane > 0) & (lane < k), other=-1)
+    bad = (ids < -1) | (ids >= n_cols) | ((ids == before) & (ids >= 0))
+    return tl.sum(bad.to(tl.int32), axis=0) > 0
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -67,6 +77,7 @@ def topk_finish_kernel(
     states_ptr,  # [n_rows, FIELDS, chunks]
     student_ptr,
     ids_ptr,  # [n_rows, k] integers
+    sorted_ids_ptr,  # [n_rows, k] int32, of `sort_ids`
     logprobs_ptr,  # [n_rows, k]
     labels_ptr,  # [n_rows] int64, or None
     weights_ptr,  # [n_rows], or None: rows of weight 0 report 0
@@ -106,7 +117,8 @@ def topk_finish_kernel(
     if live_row(weights_ptr, row):
         student = row_logits(student_ptr + row * student_stride, scale, inverse_cap, COMPUTE)
         lane = tl.arange(0, K_BLOCK)
-        ids, valid, v, lp, bad = load_listed(student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, SOFTCAP)
+        ids, valid, v, lp = load_listed(student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, SOFTCAP)
+        bad = bad_list(sorted_ids_ptr + row * k, lane, k, n_cols)
 
         # The tail: all chunks at once, in an order that only the number of columns decides.
         chunk = tl.arange(0, CHUNK_BLOCK)
@@ -133,10 +145,11 @@ def topk_finish_kernel(
         student_entropy = tl.log(z) - a / z * LN2
         student_entropy = tl.where(student_entropy < 0, 0.0, student_entropy)
         step = n_rows.to(tl.int64)
-        tl.store(saved_statistics_ptr + row, m)
-        tl.store(saved_statistics_ptr + step + row, z)
-        tl.store(saved_statistics_ptr + 2 * step + row, m_tail)
-        tl.store(saved_statistics_ptr + 3 * step + row, z_tail)
+        saved = saved_statistics_ptr + row
+        tl.store(saved, tl.where(bad, float("nan"), m))
+        tl.store(saved + step, tl.where(bad, float("nan"), z))
+        tl.store(saved + 2 * step, tl.where(bad, float("nan"), m_tail))
+        tl.store(saved + 3 * step, tl.where(bad, float("nan"), z_tail))
 
         full = tl.sum(valid.to(tl.int32), axis=0) >= n_cols
         s, p_s = student_outcomes(u, m, z, m_tail, z_tail, lane, k, TAIL)
@@ -190,6 +203,13 @@ def assert_listed(n_rows: int, ids: torch.Tensor, logprobs: torch.Tensor) -> Non
     assert logprobs.is_floating_point(), logprobs.dtype
 
 
+def assert_sorted(sorted_ids: torch.Tensor, ids: torch.Tensor) -> None:
+    """Sorted ids of the shape of the ids, on their device."""
+    assert sorted_ids.shape == ids.shape, (sorted_ids.shape, ids.shape)
+    assert sorted_ids.dtype == torch.int32, sorted_ids.dtype
+    assert sorted_ids.device == ids.device, (sorted_ids.device, ids.device)
+
+
 def packed_ids(ids: torch.Tensor) -> torch.Tensor:
     """Ids as the kernels take them: contiguous, int32 or int64."""
     return (ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)).contiguous()
@@ -222,6 +242,7 @@ def topk_statistics(
     teacher_logprobs: torch.Tensor,
     labels: torch.Tensor | None = None,
     *,
+    sorted_ids: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
     tail: str = "bucket",
     beta: float | torch.Tensor = 0.0,
@@ -233,10 +254,11 @@ def topk_statistics(
 
     Args:
         student_logits: [N, V], float32, bfloat16, float16 or float64; unit column stride, any row stride.
-        teacher_ids: [N, k] integers, 1 <= k <= 256; -1 pads a row. Distinct within a row. An id outside [-1, V) makes
-            its row NaN and reads nothing.
+        teacher_ids: [N, k] integers, 1 <= k <= 256; -1 pads a row. An id outside [-1, V), which reads nothing, and
+            one that is listed twice make their row NaN, and its gradient.
         teacher_logprobs: [N, k], the teacher's full-softmax log-probabilities at the same temperature.
         labels: [N] int64, or None. -100 gives log-probability 0; any other value outside [0, V) NaN.
+        sorted_ids: [N, k], the teacher's ids as `sort_ids` returns them; None to sort them here.
         weights: [N], or None. Rows of weight 0 are not read and report 0.
         tail: "bucket", "renormalize" or "ignore".
         beta: 0 forward KL, 1 reverse KL, between the generalised JSD; or [N] of zeros and ones (any other entry: NaN).
@@ -266,10 +288,12 @@ def topk_statistics(
     backend = backend_of(student_logits.device)
     k = teacher_ids.shape[1]
     ids, logprobs = packed_ids(teacher_ids), teacher_logprobs.contiguous()
+    sorted_ids = sort_ids(ids, n_cols) if sorted_ids is None else sorted_ids.contiguous()
+    assert_sorted(sorted_ids, ids)
     weights = contiguous(weights)
     listed = listed_arguments(tail, beta, temperature, student_softcap, logprobs)
     states = tail_states(
-        student_logits, ids, weights, n_cols=n_cols, dtype=dtype, softcap=student_softcap is not None,
+        student_logits, sorted_ids, weights, n_cols=n_cols, dtype=dtype, softcap=student_softcap is not None,
         scale=listed["scale"], inverse_cap=listed["inverse_cap"],
     )  # fmt: skip
     chunks = states.shape[2]
@@ -278,6 +302,7 @@ def topk_statistics(
             states,
             student_logits,
             ids,
+            sorted_ids,
             logprobs,
             contiguous(labels),
             weights,

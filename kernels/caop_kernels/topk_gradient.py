@@ -39,7 +39,7 @@ def listed_gradient_kernel(
     labels_ptr,  # [n_rows] int64, or None
     weights_ptr,  # [n_rows], or None: rows of weight 0 get neither values nor coefficients
     beta_ptr,  # [n_rows] zeros and ones, or None
-    saved_statistics_ptr,  # [TOPK_SAVED_FIELDS, n_rows] of topk.py
+    saved_statistics_ptr,  # [TOPK_SAVED_FIELDS, n_rows] of topk.py; NaN where the ids are bad
     entropy_ptr,  # [n_rows] the student's
     grad_divergence_ptr,  # [n_rows] each, COMPUTE, or None
     grad_logprob_ptr,
@@ -74,7 +74,7 @@ def listed_gradient_kernel(
         factor = tl.full((), inverse_temperature, COMPUTE)
         lane = tl.arange(0, K_BLOCK)
         student = row_logits(student_ptr + row * student_stride, scale, inverse_cap, COMPUTE)
-        ids, valid, v, lp, bad = load_listed(student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, SOFTCAP)
+        ids, valid, v, lp = load_listed(student, ids_ptr, logprobs_ptr, row, lane, k, n_cols, SOFTCAP)
         u = tl.where(valid, exponents(v, student.scale, m), float("-inf"))
         p = tl.exp2(u) / z
         unit = tl.exp2(m_tail - m) / z  # p of a tail column is this times 2^(its u relative to m_tail)
@@ -114,6 +114,7 @@ def listed_gradient_kernel(
             tl.store(coefficients_ptr + 4 * step + row, -chain(d, unit) * LN2)
 
         constant = tl.where(z_tail == 0, 0.0, constant)  # a tail of -inf alone
+        bad = m != m
         if SOFTCAP:
             value *= 1.0 - v * v
         tl.store(coefficients_ptr + row, m_tail)

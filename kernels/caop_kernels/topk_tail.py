@@ -137,7 +137,7 @@ def lanes(k: int) -> int:
 
 def tail_states(
     student_logits: torch.Tensor,
-    ids: torch.Tensor,
+    sorted_ids: torch.Tensor,
     weights: torch.Tensor | None,
     *,
     n_cols: int,
@@ -146,11 +146,11 @@ def tail_states(
     scale: float,
     inverse_cap: float,
 ) -> torch.Tensor:
-    """States [N, TAIL_FIELDS, chunks] in `dtype` of the first `n_cols` columns of logits [N, V] without ids [N, k].
+    """States [N, TAIL_FIELDS, chunks] in `dtype` of the first `n_cols` columns of logits [N, V], without those listed.
 
-    Rows of weight 0 are not read, and their states hold anything.
+    `sorted_ids` [N, k] are those of `listed_ids.py`. Rows of weight 0 are not read, and their states hold anything.
     """
-    n_rows, k = ids.shape
+    n_rows, k = sorted_ids.shape
     config = statistics_launch(
         backend_of(student_logits.device),
         student_logits.element_size(),
@@ -163,7 +163,7 @@ def tail_states(
     with current_device(student_logits.device):
         tail_kernel[(n_rows, chunks)](
             student_logits,
-            ids.clamp(-1, n_cols).to(torch.int32).sort(-1).values,
+            sorted_ids,
             weights,
             states,
             student_logits.stride(0),

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+from helpers.passes import passes
 from helpers.topk_oracle import NAMES, make, oracle
 
 INF = math.inf
@@ -118,6 +119,40 @@ def test_an_unvalidated_id_out_of_range_gives_nan_in_its_row(loss, bad):
         assert torch.equal(getattr(out, name)[::2].nan_to_num(), getattr(want, name)[::2].nan_to_num()), name
     (out.divergence.sum() + out.student_entropy.sum()).backward()
     assert found.grad.isnan().any(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("tail", "dtype"), [("bucket", torch.float32), ("renormalize", torch.float64), ("ignore", torch.bfloat16)]
+)
+def test_an_unvalidated_id_listed_twice_gives_nan_in_its_row(loss, tail, dtype):
+    """Wherever the two stand, however small their share; padding may repeat, and rows of weight 0 hold anything."""
+    student, ids, logprobs, labels = make(6, 90, 8, dtype)
+    logprobs[:, 5] = -80.0
+    ids[0, 1:4] = ids[3, 2:4] = -1
+    ids[1, 7], ids[3, 5], ids[4, 4] = ids[1, 0], ids[3, 4], ids[4, 3]
+    weights = torch.tensor([1.0, 2, 3, 1, 0, 1])
+    found = student.clone().requires_grad_()
+    out = loss(found, ids, logprobs, labels, weights=weights, tail=tail, beta=0.3, validate=False)
+    twice = [False, True, False, True, False, False]
+    for name in ("divergence", "student_logprob", "student_entropy", "teacher_entropy"):
+        assert getattr(out, name).isnan().tolist() == twice, name
+    assert out.teacher_logprob[[1, 3]].isnan().all()
+    assert out.divergence[4] == 0
+    assert out.loss.isnan()
+    (out.divergence.sum() + out.student_logprob.sum()).backward()
+    assert found.grad.isnan().all(-1).tolist() == twice
+    assert found.grad[~torch.tensor(twice)].isfinite().all()
+    assert (found.grad[4] == 0).all()
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_call_sorts_the_ids_once(loss, validate):
+    """In forward, backward and validation together."""
+    student, ids, logprobs, labels = make(4, 90, 8)
+    student.requires_grad_()
+    found = passes(lambda: loss(student, ids, logprobs, labels, validate=validate).loss.backward())
+    assert found.by_name["sort"] == ids.numel()
+    assert found.by_name["argsort"] == found.by_name["topk"] == 0
 
 
 def test_unvalidated_labels_and_betas_give_nan_in_their_rows(loss):

@@ -11,9 +11,11 @@ import torch
 from caop_fast.losses import topk
 from caop_fast.losses.backends import row_blocks
 from caop_fast.losses.batches import DistillationGrads, SavedTopK, TopKBatch
+from caop_fast.losses.linear.topk import linear_topk_distillation_loss
 from caop_fast.losses.options import ExecutionConfig, TopKOptions
 from caop_fast.losses.topk import topk_distillation_loss
 from helpers.opcheck import opcheck
+from helpers.passes import passes
 from helpers.topk_cases import *  # noqa: F403
 from helpers.topk_edge_cases import *  # noqa: F403
 from helpers.topk_oracle import NAMES, make, oracle
@@ -182,6 +184,23 @@ def test_wide_logprobs_make_wide_statistics():
     for name in NAMES:
         assert getattr(out, name).dtype == torch.float64
         torch.testing.assert_close(getattr(out, name), want[name], rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_the_linear_loss_sorts_once_and_finds_a_repeated_id_in_any_chunk():
+    _, ids, logprobs, _ = make(5, 30, 4)
+    ids[3, 2] = ids[3, 0]
+    hidden, head = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8)
+    outputs = []
+
+    def call():
+        outputs.append(
+            linear_topk_distillation_loss(hidden, head, ids, logprobs, chunk_size=2, validate=False, backend="torch")
+        )
+        outputs[0].loss.backward()
+
+    assert passes(call).by_name["sort"] == ids.numel()
+    assert outputs[0].divergence.isnan().tolist() == [False, False, False, True, False]
+    assert hidden.grad.isnan().all(-1).tolist() == [False, False, False, True, False]
 
 
 def test_narrow_ids_and_overlapping_logits():

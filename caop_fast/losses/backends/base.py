@@ -130,8 +130,11 @@ class Backend(Protocol):
         """Gradient of the logits, which may be some ``columns`` of the vocabulary."""
         ...
 
-    def topk_rows(self, batch: TopKBatch, options: TopKOptions, vocab: int) -> TopKRows:
-        """Statistics against the teacher's list, over the first ``vocab`` ids."""
+    def topk_rows(self, batch: TopKBatch, options: TopKOptions, vocab: int, sorted_ids: Tensor) -> TopKRows:
+        """Statistics against the teacher's list, over the first ``vocab`` ids.
+
+        ``sorted_ids`` [N, k]: the ids as ``sort_ids`` returns them.
+        """
         ...
 
     def topk_gradient(

@@ -237,7 +237,7 @@ class TorchBackend:
             gradient[rows, : columns.width] = part.to(gradient.dtype)
         return _blank(gradient, columns.width, unmasked, weights)
 
-    def topk_rows(self, batch: TopKBatch, options: TopKOptions, vocab: int) -> TopKRows:
+    def topk_rows(self, batch: TopKBatch, options: TopKOptions, vocab: int, sorted_ids: Tensor) -> TopKRows:
         student, ids, logprobs, labels, weights = batch
         dtype = checks.statistics_dtype((student, logprobs))
         n_rows = student.shape[0]
@@ -248,7 +248,8 @@ class TorchBackend:
             listed = topk.list_teacher(ids[rows], logprobs[rows], vocab, dtype)
             block, chosen = student[rows, :vocab], options.rows(rows)
             opened = topk.open_rows(block, listed, chosen, dtype)
-            statistics, saved = topk.row_statistics(opened, block, listed, take(labels, rows), chosen)
+            bad = topk.bad_lists(sorted_ids[rows], vocab)
+            statistics, saved = topk.row_statistics(opened, block, listed, bad, take(labels, rows), chosen)
             found.append(statistics)
             totals.append(torch.cat(saved, -1))
         return TopKRows(

@@ -218,12 +218,13 @@ class TritonBackend:
             label=grad_logprob is not None,
         )
 
-    def topk_rows(self, batch: TopKBatch, options: TopKOptions, vocab: int) -> TopKRows:
+    def topk_rows(self, batch: TopKBatch, options: TopKOptions, vocab: int, sorted_ids: Tensor) -> TopKRows:
         found = caop_kernels.topk_statistics(
             unit_columns(batch.student),
             batch.ids,
             batch.logprobs,
             batch.labels,
+            sorted_ids=sorted_ids,
             weights=batch.weights,
             vocab_size=vocab,
             **_topk_options(options),

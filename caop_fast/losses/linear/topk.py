@@ -33,6 +33,7 @@ from caop_fast.losses.options import TopKOptions
 from caop_fast.losses.outputs import DistillationOutput
 from caop_fast.losses.topk import check_listed, check_values
 from caop_kernels.constants import TAILS
+from caop_kernels.listed_ids import sort_ids
 
 
 def linear_topk_distillation_loss(
@@ -144,10 +145,12 @@ def _loss(call: TopKCall) -> LossWithGradients:
     student, ids, logprobs, labels, weights, options, reduction, config = call
     layout, backend = config.layout, get_backend(config.execution.backend)
     columns = layout.columns
+    sorted_ids = sort_ids(ids, columns.total)
     if config.execution.validate:
-        check_values(TopKBatch(student.hidden, ids, logprobs, labels, weights), options, columns.total)
+        check_values(TopKBatch(student.hidden, ids, logprobs, labels, weights), options, columns.total, sorted_ids)
     unmasked = UnmaskedRows.of(weights, student.hidden.shape[0])
     kept_ids, kept_logprobs, kept_labels = unmasked.take(ids), unmasked.take(logprobs), unmasked.take(labels)
+    kept_sorted_ids = unmasked.take(sorted_ids)
     mask, beta = unmasked.weights(weights), options.beta
     kept_beta = unmasked.take(beta) if isinstance(beta, Tensor) else beta
 
@@ -159,7 +162,7 @@ def _loss(call: TopKCall) -> LossWithGradients:
             logits, kept_ids[tokens], kept_logprobs[tokens], take(kept_labels, tokens), take(mask, tokens)
         )
         some = options._replace(beta=kept_beta[tokens] if isinstance(kept_beta, Tensor) else kept_beta)
-        rows = backend.topk_rows(batch, some, columns.total)
+        rows = backend.topk_rows(batch, some, columns.total, kept_sorted_ids[tokens])
         if grad_divergence is not None:
             saved, grads = SavedTopK(rows.saved_statistics, rows.student_entropy), DistillationGrads(grad_divergence)
             gradient = backend.topk_gradient(

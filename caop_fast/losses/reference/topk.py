@@ -45,6 +45,7 @@ from torch import Tensor
 from caop_fast.losses.options import TopKOptions
 from caop_fast.losses.reference.divergence import blank_labels, temper
 from caop_kernels.constants import IGNORE_INDEX
+from caop_kernels.listed_ids import repeated_ids
 
 IMPOSSIBLE = -(2.0**64)  # a log-probability below this counts as -inf, so that finite masks act as -inf does
 LOWEST = -(2.0**66)  # what stands for -inf in differences: two impossible outcomes then differ by 0
@@ -57,7 +58,6 @@ class Listed(NamedTuple):
     valid: Tensor  # [R, k] bool: an id, not padding
     columns: Tensor  # [R, k] int64: a column of the row; padding repeats the row's first id (0 where it has none)
     first: Tensor  # [R, 1] int64: where that first id stands in the list
-    bad: Tensor  # [R, 1] bool: an id outside [-1, V)
     ids: Tensor  # [R, k] as given
     logprobs: Tensor  # [R, k], -inf for padding
     resolution: float  # eps/2 of the dtype they came in
@@ -72,7 +72,10 @@ class Opened(NamedTuple):
 
 
 class SavedStatistics(NamedTuple):
-    """[R, 1] columns: maxima and partition sums relative to them, of the whole row and of its tail."""
+    """[R, 1] columns: maxima and partition sums relative to them, of the whole row and of its tail.
+
+    NaN where the list is bad.
+    """
 
     shift: Tensor
     total: Tensor
@@ -93,12 +96,17 @@ class Statistics(NamedTuple):
 def list_teacher(ids: Tensor, logprobs: Tensor, vocab: int, dtype: torch.dtype) -> Listed:
     """Ids [R, k] and log-probabilities [R, k] in the form the rest takes; ids out of range select nothing."""
     valid = (ids >= 0) & (ids < vocab)
-    bad = ((ids < -1) | (ids >= vocab)).any(-1, keepdim=True)
     first = valid.to(torch.uint8).argmax(-1, keepdim=True)
     inside = torch.where(valid, ids, 0).long()
     index = torch.where(valid, inside, inside.gather(-1, first))
     kept = torch.where(valid, logprobs.to(dtype), -math.inf)
-    return Listed(valid, index, first, bad, ids, kept, torch.finfo(logprobs.dtype).eps / 2)
+    return Listed(valid, index, first, ids, kept, torch.finfo(logprobs.dtype).eps / 2)
+
+
+def bad_lists(sorted_ids: Tensor, vocab: int) -> Tensor:
+    """[R, 1] bool: whether the ids of a row, in the order of ``sort_ids``, hold one outside [-1, V), or one twice."""
+    outside = (sorted_ids[:, :1] < -1) | (sorted_ids[:, -1:] >= vocab)
+    return outside | repeated_ids(sorted_ids).any(-1, keepdim=True)
 
 
 def open_rows(
@@ -214,9 +222,12 @@ def divergence_terms(s: Tensor, t: Tensor, options: TopKOptions) -> tuple[Tensor
 
 
 def row_statistics(
-    opened: Opened, student: Tensor, listed: Listed, labels: Tensor | None, options: TopKOptions
+    opened: Opened, student: Tensor, listed: Listed, bad: Tensor, labels: Tensor | None, options: TopKOptions
 ) -> tuple[Statistics, SavedStatistics]:
-    """Everything reported of raw rows [R, V], and what the gradient needs. Overwrites ``opened.tail``."""
+    """Everything reported of raw rows [R, V], and what the gradient needs. Overwrites ``opened.tail``.
+
+    ``bad``: of ``bad_lists``; NaN throughout such a row.
+    """
     vocab = student.shape[-1]
     norm, entropy = normalize(opened)
     s, _ = student_outcomes(opened, norm, options)
@@ -224,7 +235,7 @@ def row_statistics(
     terms, _ = divergence_terms(s, t, options)
     divergence = terms.sum(-1, keepdim=True)
     # A NaN of either side reaches every term but those that `clamp` and `where` decided.
-    broken = listed.bad | s.isnan().any(-1, keepdim=True) | t.isnan().any(-1, keepdim=True) | norm.total.isnan()
+    broken = s.isnan().any(-1, keepdim=True) | t.isnan().any(-1, keepdim=True) | norm.total.isnan()
     divergence = torch.where(broken, math.nan, divergence.clamp(min=0) if options.normalized else divergence)
     pt = t.exp()
     teacher_entropy = torch.where(pt == 0, 0.0, -(pt * t)).sum(-1, keepdim=True)
@@ -234,19 +245,19 @@ def row_statistics(
         column = labels.view(-1, 1)
         raw = student.gather(-1, column.clamp(0, vocab - 1))
         a, *_ = temper(raw, options.temperature, options.softcap, entropy.dtype, consume=True)
-        student_logprob = _unless(listed.bad, blank_labels(a - norm.shift - norm.total.log(), column, vocab))
+        student_logprob = _unless(bad, blank_labels(a - norm.shift - norm.total.log(), column, vocab))
         match = listed.valid & (listed.ids == column)
         picked = torch.where(match, listed.logprobs, 0.0).sum(-1, keepdim=True)
         picked = torch.where(match.any(-1, keepdim=True), picked, math.nan)
-        teacher_logprob = _unless(listed.bad, torch.where(column == IGNORE_INDEX, 0.0, picked))
+        teacher_logprob = _unless(bad, torch.where(column == IGNORE_INDEX, 0.0, picked))
     statistics = Statistics(
-        _unless(listed.bad, divergence),
+        _unless(bad, divergence),
         student_logprob,
-        _unless(listed.bad, entropy),
+        _unless(bad, entropy),
         teacher_logprob,
-        _unless(listed.bad, teacher_entropy.clamp(min=0)),
+        _unless(bad, teacher_entropy.clamp(min=0)),
     )
-    return statistics, norm
+    return statistics, SavedStatistics(*(_unless(bad, column) for column in norm))
 
 
 def _unless(bad: Tensor, values: Tensor) -> Tensor:
@@ -297,7 +308,7 @@ def logit_gradient(
         constant = constant - flow(grad_entropy, scale * (below - norm.total.log() + entropy))
         log = -grad_entropy * scale
     constant = torch.where(norm.tail_total == 0, 0.0, constant)  # a tail of -inf alone
-    value, constant = (torch.where(listed.bad, math.nan, x) for x in (value, constant))
+    value, constant = (torch.where(norm.shift.isnan(), math.nan, x) for x in (value, constant))
 
     u, gradient = shifted(opened.tail, norm.tail_shift)
     gradient.mul_(constant if log is None else u.mul_(log).add_(constant))
