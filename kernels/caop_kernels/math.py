@@ -24,27 +24,34 @@ TANH_1 = tl.constexpr(0.13331420373451003)
 TANH_2 = tl.constexpr(-0.053737797382222056)
 TANH_3 = tl.constexpr(0.0206325442560751)
 TANH_4 = tl.constexpr(-0.005697381733819217)
+SIGN_BIT = tl.constexpr(-(2**31))
 
 
 @triton.jit
 def tanh(y):
-    """Hyperbolic tangent to about an ulp; written out because the interpreter has no libdevice."""
+    """Hyperbolic tangent to about an ulp; +-1 at +-inf, NaN at NaN. 1 - tanh^2 is then as good as it is of PyTorch's.
+
+    In float32 17 instructions on NVIDIA: 1 / (e^2y + 1) as the inverse root of a square is one, a division eight. The
+    sign is that of y because only magnitudes enter, and an overflow of e^2y gives the 1 it should.
+    """
     magnitude = tl.abs(y)
-    # Beyond 30 the exponential only risks overflow; tanh is 1 to the last bit in both precisions.
-    exponential = tl.exp2(tl.minimum(magnitude, 30.0) * (2.0 / LN2))
-    large = 1.0 - 2.0 / (exponential + 1.0)
-    large = tl.where(y < 0, -large, large)
     if y.dtype == tl.float64:
-        result = large
+        e = expm1(tl.minimum(magnitude, 20.0) * 2.0)  # beyond, 1 to the last bit; minimum() may drop a NaN
+        result = e / (e + 2.0)
+        result = tl.where(y != y, y, tl.where(y < 0, -result, result))
     else:
+        above = tl.exp2(magnitude * (2.0 / LN2)) + 1.0
+        large = 1.0 - 2.0 * tl.rsqrt(above * above)
+        large = (large.to(tl.int32, bitcast=True) | (y.to(tl.int32, bitcast=True) & SIGN_BIT)).to(
+            tl.float32, bitcast=True
+        )
         y2 = y * y
         p = y2 * TANH_4 + TANH_3
         p = y2 * p + TANH_2
         p = y2 * p + TANH_1
         p = y2 * p + TANH_0
         result = tl.where(magnitude <= 0.625, y + y * y2 * p, large)
-    # minimum() may drop a NaN: a NaN logit has to reach the sums.
-    return tl.where(y != y, y, result)
+    return result
 
 
 @triton.jit
