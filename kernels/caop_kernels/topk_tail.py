@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from caop_kernels.launch import CHUNK, backend_of, compute_type, current_device, is_aligned, statistics_launch
+from caop_kernels.launch import CHUNK, backend_of, compute_type, current_device, is_aligned, tail_launch
 from caop_kernels.masked_rows import live_row
 from caop_kernels.state import EXCLUDED, FLOOR
 from caop_kernels.tile import Tile, by_thread, exponents, load_logits, row_logits, thread_max, thread_sum, tile_columns
@@ -51,14 +51,15 @@ def rebase_tail(state, m):
 
 @triton.jit
 def accumulate_tail(
-    state, listed, sorted_ids, k, stop, student, columns, n_cols,
+    state, listed, sorted_ids, k, start, stop, student, n_cols,
     TILE: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Add the columns of one tile, which ends before column `stop`, that are not listed."""
-    v = load_logits(student, columns, n_cols, MASKED, SOFTCAP)
+    """Add the columns [start, stop) of one tile that are not listed."""
+    offsets = tile_columns(TILE)
+    v = load_logits(student, start + offsets, n_cols, MASKED, SOFTCAP)
     position, column = listed
     while column < stop:
-        v = tl.where(columns == column, float("-inf"), v)
+        v = tl.where(offsets == column - start, float("-inf"), v)
         position += 1
         column = tl.load(sorted_ids + position, mask=position < k, other=2147483647)
     v = by_thread(v, TILE)
@@ -109,17 +110,15 @@ def tail_kernel(
         position = tl.sum((ids < begin).to(tl.int32), axis=0)
         listed = NextListed(position, tl.load(sorted_ids + position, mask=position < k, other=2147483647))
 
-        columns = begin + tile_columns(TILE)
         zero = tl.zeros([THREADS], COMPUTE)
         state = TailState(zero + FLOOR, zero, zero)
-        for start in tl.range(0, whole, COLUMNS, loop_unroll_factor=UNROLL):
+        for start in tl.range(begin, begin + whole, COLUMNS, loop_unroll_factor=UNROLL):
             state, listed = accumulate_tail(
-                state, listed, sorted_ids, k, begin + start + COLUMNS, student, start + columns, n_cols, TILE, False,
-                SOFTCAP,
+                state, listed, sorted_ids, k, start, start + COLUMNS, student, n_cols, TILE, False, SOFTCAP
             )  # fmt: skip
         if whole < width:
             state, listed = accumulate_tail(
-                state, listed, sorted_ids, k, begin + width, student, whole + columns, n_cols, TILE, True, SOFTCAP
+                state, listed, sorted_ids, k, begin + whole, begin + width, student, n_cols, TILE, True, SOFTCAP
             )
 
         m, z, a = rebase_tail(state, tl.max(state.m, axis=0))
@@ -151,7 +150,7 @@ def tail_states(
     `sorted_ids` [N, k] are those of `listed_ids.py`. Rows of weight 0 are not read, and their states hold anything.
     """
     n_rows, k = sorted_ids.shape
-    config = statistics_launch(
+    config = tail_launch(
         backend_of(student_logits.device),
         student_logits.element_size(),
         aligned=is_aligned(student_logits),

@@ -109,7 +109,7 @@ def test_registers_and_instructions_stay_within_the_record(measured, target):
     over = {}
     for name in measured.names:
         budget = BUDGET["targets"][target][name]
-        for key in ("registers", "instructions"):
+        for key in {"registers", "instructions", "per_id"} & set(budget):
             if measured.targets[target][name][key] > 1.05 * budget[key]:
                 over[f"{name} {key}"] = (measured.targets[target][name][key], budget[key])
     assert not over, over
@@ -117,8 +117,12 @@ def test_registers_and_instructions_stay_within_the_record(measured, target):
 
 LEAN = {
     "statistics-bf16-aligned": 25.5,  # all statistics
+    "statistics-bf16-aligned-softcap": 59.0,
     "mixture-bf16-aligned": 29.0,
     "gradient-bf16-aligned-everything": 20.0,  # divergence of either kind, log-probability and entropy
+    # Against a sparse teacher, the listed ids (64 and 256 of them in 151936 columns) among the columns they share.
+    "topk-tail-bf16-aligned": 11.0,
+    "topk-tail-256-bf16-aligned": 12.0,
     # Chunks of the linear losses: float32 logits, the gradient for bfloat16 GEMMs.
     "statistics-fp32-aligned": 23.5,
     "mixture-fp32-aligned": 26.5,
@@ -130,7 +134,7 @@ LEAN = {
 
 @pytest.mark.parametrize("name", LEAN)
 def test_the_main_variants_are_lean(name):
-    """Instructions per (student, teacher) pair of aligned logits without softcap, as recorded for every target."""
+    """Instructions per (student, teacher) pair of aligned logits, as recorded for every target."""
     for rows in BUDGET["targets"].values():
         assert rows[name]["instructions"] <= LEAN[name]
 

@@ -67,10 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _record(variant: Variant, found: Resources) -> dict[str, object]:
-    """One row as JSON. `instructions` is per pair where there is a main loop, else of the whole kernel."""
+    """One row as JSON. `instructions` is per pair where there is a main loop, else of the whole kernel; `per_id` of one
+    listed id, already in it."""
     return {
         "registers": found.registers,
         "instructions": found.per_pair or found.instructions,
+        **({"per_id": found.per_id} if found.per_id else {}),
         "spills": found.spills,
         "pairs": found.pairs,
         "load_bits": list(found.load_bits),

@@ -20,15 +20,17 @@ class Resources:
 
     registers: int
     spills: int
-    instructions: int  # of the main loop's body; of the whole kernel when it has no such loop
+    instructions: int  # of the main loop's body without loops in it; of the whole kernel when it has no such loop
     pairs: int  # (student, teacher) pairs that one trip of the main loop takes; 0 without
+    per_id: float  # of a loop in the main loop, which goes over the ids listed in a tile; 0 without
+    ids_per_pair: float  # trips of that loop for each pair, as the variant says
     load_bits: tuple[int, ...]  # widths of the loop's loads from global memory, one entry per instruction
     synchronisations: int  # barriers, shuffles and shared-memory accesses in the loop
 
     @property
     def per_pair(self) -> float | None:
-        """Instructions per (student, teacher) pair of the main loop."""
-        return round(self.instructions / self.pairs, 2) if self.pairs else None
+        """Instructions per (student, teacher) pair of the main loop, listed ids and all."""
+        return round(self.instructions / self.pairs + self.ids_per_pair * self.per_id, 2) if self.pairs else None
 
 
 def read_listing(compiled: Any, variant: Variant) -> Resources:
@@ -57,14 +59,15 @@ def _read_cubin(cubin: bytes, variant: Variant) -> Resources:
         path.write_bytes(cubin)
         usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("-res-usage", path)))
         code = [(int(a, 16), text) for a, text in _SASS_LINE.findall(_cuobjdump("-sass", path))]
+    code = [(address, text) for address, text in code if not re.search(r"\bNOP\b", text)]  # padding
+    places = {address: i for i, (address, _) in enumerate(code)}
     loops = []
-    for address, text in code:
+    for i, (address, text) in enumerate(code):
         branch = _SASS_BRANCH.search(text)
         if branch and int(branch[1], 16) < address:
-            loops.append([t for a, t in code if int(branch[1], 16) <= a <= address])
-    whole = [text for _, text in code if not re.search(r"\bNOP\b", text)]  # padding
+            loops.append(range(places[int(branch[1], 16)], i + 1))
     return _summarise(
-        whole,
+        [text for _, text in code],
         loops,
         variant,
         registers=int(usage["REG"]),
@@ -91,19 +94,21 @@ _GCN_SYNC = re.compile(r"\b(s_barrier|ds_\w+|\w+_dpp)\b")
 def _read_amdgcn(listing: str, variant: Variant) -> Resources:
     body = listing.split(".section", 1)[0]
     lines = [line.split(";")[0].strip() for line in body.splitlines()]
-    labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
-
-    def instructions(first: int, last: int) -> list[str]:
-        return [t for t in lines[first : last + 1] if t and not t.endswith(":") and not t.startswith(".")]
-
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in lines:
+        if line.endswith(":"):
+            labels[line[:-1]] = len(code)
+        elif line and not line.startswith("."):
+            code.append(line)
     loops = []
-    for i, text in enumerate(lines):
+    for i, text in enumerate(code):
         branch = re.match(r"s_c?branch\w*\s+(\S+)", text)
-        if branch and labels.get(branch[1], i) < i:
-            loops.append(instructions(labels[branch[1]], i))
+        if branch and labels.get(branch[1], i + 1) <= i:
+            loops.append(range(labels[branch[1]], i + 1))
     spilled = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", listing)
     return _summarise(
-        instructions(0, len(lines)),
+        code,
         loops,
         variant,
         registers=int(re.findall(r"\.vgpr_count:\s*(\d+)", listing)[0]),
@@ -124,15 +129,20 @@ def _gcn_bits(text: str) -> int | None:
 
 
 def _summarise(
-    whole: list[str], loops: list[list[str]], variant: Variant, *, registers: int, spills: int, load: Any,
-    synchronises: Any,
-) -> Resources:  # fmt: skip
+    code: list[str], loops: list[range], variant: Variant, *, registers: int, spills: int, load: Any, synchronises: Any
+) -> Resources:
     """The main loop is the one that moves the most bytes per trip (an unrolled loop leaves a shorter one behind)."""
     if not variant.pair_bytes:
-        return Resources(registers, spills, len(whole), 0, (), 0)
-    body = max(loops, key=lambda loop: sum(load(text) or 0 for text in loop), default=[])
-    bits = tuple(width for text in body if (width := load(text)) and width != variant.side_load_bits)
+        return Resources(registers, spills, len(code), 0, 0.0, 0.0, (), 0)
+    main = max(loops, key=lambda loop: sum(load(code[i]) or 0 for i in loop), default=range(0))
+    inner = [loop for loop in loops if loop.start > main.start and loop.stop < main.stop]
+    body = [code[i] for i in main if not any(i in loop for loop in inner)]
+    bits = tuple(width for text in body if (width := load(text)))
     if not bits:
         raise ValueError("found no loop that loads from global memory: the listing's form must have changed")
+    if inner and not variant.ids_per_pair:
+        raise ValueError("found a loop in the main loop: the variant has to say how often it runs")
     pairs = variant.pairs or sum(bits) // (8 * variant.pair_bytes)
-    return Resources(registers, spills, len(body), pairs, bits, sum(map(synchronises, body)))
+    per_id = round(sum(map(len, inner)) / len(inner), 2) if inner else 0.0
+    synchronisations = sum(synchronises(code[i]) for i in main)
+    return Resources(registers, spills, len(body), pairs, per_id, variant.ids_per_pair, bits, synchronisations)

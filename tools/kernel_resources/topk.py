@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+import triton
 import triton.language as tl
 
 from caop_kernels.constants import TAILS
-from caop_kernels.launch import ELEMENTS, statistics_launch
+from caop_kernels.launch import CHUNK, ELEMENTS, tail_launch
 from caop_kernels.topk import finish_warps, topk_finish_kernel
 from caop_kernels.topk_gradient import listed_gradient_kernel, scatter_kernel
 from caop_kernels.topk_tail import TAIL_FIELDS, lanes, tail_kernel
@@ -17,7 +18,8 @@ from tools.kernel_resources.variant import ITEMSIZE, Variant, argument_types
 
 BACKENDS = ("cuda", "hip")
 LISTED = 64  # k of the variants whose name does not say it
-CHUNK_BLOCK = 16  # V = 151936
+VOCABULARY = 151936
+CHUNK_BLOCK = triton.next_power_of_2(triton.cdiv(VOCABULARY, CHUNK))
 DIVERGENCES: dict[str, dict[str, Any]] = {
     "forward": {"FORWARD": True, "REVERSE": False, "beta_ptr": None},
     "reverse": {"FORWARD": False, "REVERSE": True, "beta_ptr": None},
@@ -30,6 +32,8 @@ def variants() -> Iterator[Variant]:
     """Every specialisation of these kernels that the budget covers."""
     for dtype, aligned, softcap in product(("bf16", "fp16", "fp32", "fp64"), (True, False), (False, True)):
         yield _tail(dtype, aligned=aligned, softcap=softcap)
+    for dtype in ("bf16", "fp32"):
+        yield _tail(dtype, aligned=True, softcap=False, k=256)
     for kernel, name in ((topk_finish_kernel, "topk-finish"), (listed_gradient_kernel, "topk-listed-gradient")):
         for tail, divergence in product(TAILS, DIVERGENCES):
             yield _listed(kernel, name, "bf16", tail, divergence)
@@ -41,30 +45,32 @@ def variants() -> Iterator[Variant]:
         yield _scatter(dtype)
 
 
-def _tail(dtype: str, *, aligned: bool, softcap: bool) -> Variant:
+def _tail(dtype: str, *, aligned: bool, softcap: bool, k: int = LISTED) -> Variant:
     double = dtype == "fp64"
-    launch = {
-        b: statistics_launch(b, ITEMSIZE[dtype], aligned=aligned, softcap=softcap, double=double) for b in BACKENDS
-    }
+    launch = {b: tail_launch(b, ITEMSIZE[dtype], aligned=aligned, softcap=softcap, double=double) for b in BACKENDS}
     types = argument_types(tail_kernel, {"student_ptr": f"*{dtype}", "sorted_ids_ptr": "*i32"}, double=double)
     pointers = tuple(n for n, t in types.items() if t.startswith("*"))
     return Variant(
-        name=f"topk-tail-{dtype}-{'aligned' if aligned else 'unaligned'}{'-softcap' if softcap else ''}",
+        name=f"topk-tail-{'' if k == LISTED else f'{k}-'}{dtype}-{'aligned' if aligned else 'unaligned'}"
+        + ("-softcap" if softcap else ""),
         kernel=tail_kernel,
         types=types,
         constants={
             **launch["cuda"].constants(),
-            "K_BLOCK": lanes(LISTED),
+            "K_BLOCK": lanes(k),
             "SOFTCAP": softcap,
             "COMPUTE": tl.float64 if double else tl.float32,
             "FIELDS": TAIL_FIELDS,
         },
+        hip_constants={"THREADS": launch["hip"].threads},
         divisible=(*pointers, "k", *(("student_stride", "n_cols") if aligned else ())),
         num_warps={b: config.num_warps for b, config in launch.items()},
         num_stages=launch["cuda"].num_stages,
         pair_bytes=ITEMSIZE[dtype],
         pairs=ELEMENTS * launch["cuda"].unroll,
-        side_load_bits=32 if aligned else 0,  # the next listed id
+        ids_per_pair=k
+        * launch["cuda"].threads
+        / VOCABULARY,  # every thread goes over every id of its chunk (figures on AMD: half)
         aligned=aligned,
         double=double,
     )

@@ -23,7 +23,7 @@ class Variant:
     num_stages: int | None = None  # None: Triton's default
     pair_bytes: int = 0  # bytes one column (of both sides) takes in memory; 0 for kernels without a main loop
     pairs: int = 0  # columns per thread and trip of the main loop; 0: to be told from its loads
-    side_load_bits: int = 0  # width of loads in the main loop that are not of logits
+    ids_per_pair: float = 0.0  # trips of a loop over listed ids within the main loop, for each pair
     aligned: bool = False
     double: bool = False
 
