@@ -54,7 +54,8 @@ def distillation_loss(
 
     A token that one side excludes (-inf) and the other allows, however improbable, makes the KL that weighs it by the
     other side +inf; one that both exclude contributes 0. Finite masks such as ``finfo.min`` count as -inf: whatever
-    lies 2**64 (log2 units) or more below the other side's logit does, so anything above 2**64 is reported as +inf.
+    lies 2**64 (log2 units) or more below the other side's logit does, so anything above 2**64 is reported as +inf. A
+    reverse KL of +inf has no gradient: NaN throughout its row. NaN or +inf among the logits makes their row NaN.
 
     Leading axes are flattened, which copies logits such as ``logits[:, :-1]``: keep every position, and give the last
     one the label -100. Works under ``torch.compile(fullgraph=True)``, and ``torch.autocast`` changes nothing.

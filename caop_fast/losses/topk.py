@@ -59,8 +59,8 @@ def topk_distillation_loss(
       it may be negative, and is not clamped.
 
     A listed id the student excludes (-inf) makes forward KL +inf, one the teacher excludes and the student allows
-    reverse KL; log-probabilities below -2**64 count as -inf. Forward and reverse KL are summed as terms
-    ``p log(p/q) - p + q >= 0``, so rounding of the log-probabilities cannot make them negative.
+    reverse KL, whose gradient is then NaN; log-probabilities below -2**64 count as -inf. Forward and reverse KL are
+    summed as terms ``p log(p/q) - p + q >= 0``, so rounding of the log-probabilities cannot make them negative.
 
     Args:
         student_logits: [..., V] float32, bfloat16, float16 or float64; any leading shape, N tokens in all.

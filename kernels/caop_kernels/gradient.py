@@ -251,7 +251,8 @@ def coefficients_kernel(
         if (not FORWARD) or beta_ptr is not None:
             mean_ratio = tl.load(saved_statistics_ptr + 5 * step + rows, mask=mask, other=0.0)
             a_r += reverse
-            a_p -= chain(reverse, mean_ratio)
+            # A reverse KL of +inf has no gradient.
+            a_p -= chain(reverse, tl.where(mean_ratio == float("inf"), float("nan"), mean_ratio))
     if grad_logprob_ptr is not None:
         y = tl.load(labels_ptr + rows, mask=mask, other=IGNORE_INDEX)
         label = tl.load(grad_logprob_ptr + rows, mask=mask, other=0.0) * factor

@@ -83,8 +83,6 @@ def listed_gradient_kernel(
         constant = tl.zeros((), COMPUTE)
         if grad_divergence_ptr is not None:
             d = tl.load(grad_divergence_ptr + row) * factor
-            broken = tl.sum((lp != lp).to(tl.int32), axis=0) > 0
-            d = tl.where(broken & (d != 0), float("nan"), d)
             full = tl.sum(valid.to(tl.int32), axis=0) >= n_cols
             s, p_s = student_outcomes(u, m, z, m_tail, z_tail, lane, k, TAIL)
             t, p_t = teacher_outcomes(lp, s, lane, k, full, tl.full((), resolution, COMPUTE), TAIL)
@@ -92,6 +90,9 @@ def listed_gradient_kernel(
                 beta = tl.load(beta_ptr + row)
             _, h = divergence_terms(s, t, p_s, p_t, beta, FORWARD, REVERSE, TAIL)
             total = tl.sum(h, axis=0)
+            # No gradient of a reverse KL of +inf, nor of a NaN that a comparison has dropped.
+            broken = (tl.sum((lp != lp).to(tl.int32), axis=0) > 0) | (total == float("inf")) | (z != z)
+            d = tl.where(broken & (d != 0), float("nan"), d)
             value += chain(d, h - p_s * total)
             if TAIL == "bucket":
                 h_tail = tl.sum(tl.where(lane == k, h, 0.0), axis=0)

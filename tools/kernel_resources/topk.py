@@ -68,9 +68,7 @@ def _tail(dtype: str, *, aligned: bool, softcap: bool, k: int = LISTED) -> Varia
         num_stages=launch["cuda"].num_stages,
         pair_bytes=ITEMSIZE[dtype],
         pairs=ELEMENTS * launch["cuda"].unroll,
-        ids_per_pair=k
-        * launch["cuda"].threads
-        / VOCABULARY,  # every thread goes over every id of its chunk (figures on AMD: half)
+        ids_per_pair=k * launch["cuda"].threads / VOCABULARY,  # each thread meets every id of its chunk
         aligned=aligned,
         double=double,
     )

@@ -307,7 +307,8 @@ def coefficients(
             terms.append(forward)
             teacher = forward
         if ratio is not None and rows.mean_ratio is not None:
-            terms.append(-scaled_statistic(ratio, rows.mean_ratio))
+            undefined = rows.mean_ratio == math.inf  # a reverse KL of +inf has no gradient
+            terms.append(-scaled_statistic(ratio, rows.mean_ratio.masked_fill(undefined, math.nan)))
     if grad_logprob is not None and labels is not None:
         label = blank_labels(grad_logprob, labels.view(-1, 1), vocab)
         terms.append(-label)
@@ -372,7 +373,8 @@ def logit_gradient(
     else:
         bracket.add_(constant).div_(rows.student_total)
         if has_neg_inf:
-            known = rows.student_total == rows.student_total  # a row without a distribution stays NaN
+            known = constant == constant  # a row without a gradient stays NaN
+            known = known.logical_and(rows.student_total == rows.student_total)  # and one without a distribution
             bracket.masked_fill_((es == 0).logical_and_(known), 0)
         gradient = es.mul_(bracket)
     if c.teacher is not None:

@@ -292,7 +292,7 @@ def logit_gradient(
         t = teacher_outcomes(listed, s[:, -1:], vocab, options)
         _, h = divergence_terms(s, t, options)
         total = h.sum(-1, keepdim=True)
-        broken = t.isnan().any(-1, keepdim=True)
+        broken = t.isnan().any(-1, keepdim=True) | (total == math.inf)  # a reverse KL of +inf has no gradient
         d = torch.where(broken & (grad_divergence != 0), math.nan, grad_divergence)
         value = value + flow(d, h[:, :-1] - s[:, :-1].exp() * total)
         if options.tail == "bucket":
