@@ -1,0 +1,122 @@
+"""``python -m tools.triton_cache {record,compile,pack,unpack,check}``; see the package's documentation."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tools.triton_cache import compiling, packing
+
+ROOT = Path(__file__).parents[2]
+SHOWN = 10  # tests or errors that are printed
+
+
+def main() -> int:
+    options = arguments()
+    return {"record": record, "check": check, "compile": compile_, "pack": pack, "unpack": unpack}[options.verb](options)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.triton_cache", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for verb, told in (
+        ("record", "run Python without a GPU and record which variants it would JIT on one"),
+        ("check", "run Python without a GPU and tell which variants a cache lacks, compiling them into it"),
+    ):
+        made = verbs.add_parser(verb, help=told)
+        made.add_argument("--out" if verb == "record" else "--cache", type=Path, required=True)
+        made.add_argument(
+            "--overlook", action="append", default=[], metavar="MODULE",
+            help="of the tests, whose functions compare results: the AssertionErrors that they raise are overlooked",
+        )  # fmt: skip
+        made.add_argument("arguments", nargs="+", help="of Python, after --: -m MODULE ... or SCRIPT ...")
+    made = verbs.add_parser("compile", help="compile recorded variants for sm_90")
+    made.add_argument("recordings", type=Path, nargs="+")
+    made.add_argument("--cache", type=Path, required=True)
+    made.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    for verb, told in (("pack", "write a cache to a .tar.xz"), ("unpack", "add such a file to a cache")):
+        made = verbs.add_parser(verb, help=told)
+        made.add_argument("file", type=Path)
+        made.add_argument("--cache", type=Path, required=True)
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace, **environment: str) -> list[dict[str, Any]]:
+    """What the processes of a command wrote."""
+    from tools.triton_cache import recording
+
+    options_of_pytest = f"{os.environ.get('PYTEST_ADDOPTS', '')} --assert=plain -p {recording.__name__}"
+    paths = [str(Path(__file__).parent / "startup"), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]
+    with tempfile.TemporaryDirectory() as folder:
+        environment |= {
+            recording.FOLDER: folder, recording.OVERLOOK: ",".join(options.overlook), "PYTHONOPTIMIZE": "1",
+            "PYTEST_ADDOPTS": options_of_pytest, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }  # fmt: skip
+        code = subprocess.run([sys.executable, *options.arguments], env=os.environ | environment).returncode
+        found = list(recording.lines(Path(folder)))
+    ended = [line for line in found if "ended" in line]
+    print(f"exit code {code}; {len(ended)} tests ended early, so what they launch later is not known")
+    for line in ended[:SHOWN]:
+        print(f"  {line['ended']}: {line['error']}")
+    return found
+
+
+def record(options: argparse.Namespace) -> int:
+    lines = run(options)
+    variants = {line["data"]: line for line in lines if "data" in line}
+    ended = [line for line in lines if "ended" in line]
+    options.out.write_text(json.dumps({"variants": list(variants.values()), "ended": ended}, indent=1), encoding="utf-8")
+    kernels = collections.Counter(line["kernel"] for line in variants.values())
+    print(f"{len(variants)} variants of {len(kernels)} kernels in {options.out}")
+    return 0 if variants else 1
+
+
+def check(options: argparse.Namespace) -> int:
+    from tools.triton_cache import recording
+
+    lines = run(options, **{recording.CACHED: "1", "TRITON_CACHE_DIR": str(options.cache.absolute())})
+    asked = collections.Counter((line["kernel"], line["hit"]) for line in lines if "hit" in line)
+    lacked = {kernel: count for (kernel, hit), count in asked.items() if not hit}
+    print(f"{asked.total() - sum(lacked.values())} variants found in {options.cache}, {sum(lacked.values())} not: {lacked}")
+    return 0 if asked and not lacked else 1
+
+
+def compile_(options: argparse.Namespace) -> int:
+    recorded = [line for path in options.recordings for line in json.loads(path.read_text())["variants"]]
+    variants = list({line["data"]: line for line in recorded}.values())
+    outcomes, failures, seconds = collections.Counter[str](), [], 0.0
+    for done, (variant, outcome, spent) in enumerate(
+        compiling.compile_variants(variants, options.cache.absolute(), options.processes), 1
+    ):
+        seconds += spent
+        outcomes[outcome if outcome in ("found", "compiled") else "failed"] += 1
+        failures += [f"{variant['kernel']}: {outcome}"] if outcome not in ("found", "compiled") else []
+        if done % 100 == 0 or done == len(variants):
+            print(f"{done} of {len(variants)}: {dict(outcomes)}, {seconds:.0f} s of CPU time", flush=True)
+    print("\n".join(failures[:SHOWN]), end="\n" if failures else "")
+    return 1 if failures else 0
+
+
+def pack(options: argparse.Namespace) -> int:
+    manifest = packing.pack(options.cache, options.file)
+    print(json.dumps(manifest, indent=1), f"{options.file}: {options.file.stat().st_size} bytes", sep="\n")
+    return 0
+
+
+def unpack(options: argparse.Namespace) -> int:
+    manifest = packing.unpack(options.file, options.cache)
+    print(f"{manifest['variants']} variants of commit {manifest['commit']}, {manifest['date']}, in {options.cache}")
+    for name, (theirs, ours) in packing.foreign(manifest).items():
+        print(f"no use here, all will be compiled: {name} is {ours}, it was compiled with {theirs}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
