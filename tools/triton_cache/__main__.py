@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tools.triton_cache import compiling, packing
+from tools.triton_cache import compiling, journal, packing
 
 ROOT = Path(__file__).parents[2]
 SHOWN = 10  # tests or errors that are printed
@@ -50,17 +50,15 @@ def arguments() -> argparse.Namespace:
 
 def run(options: argparse.Namespace, **environment: str) -> list[dict[str, Any]]:
     """What the processes of a command wrote."""
-    from tools.triton_cache import recording
-
-    options_of_pytest = f"{os.environ.get('PYTEST_ADDOPTS', '')} --assert=plain -p {recording.__name__}"
+    options_of_pytest = f"{os.environ.get('PYTEST_ADDOPTS', '')} --assert=plain -p tools.triton_cache.recording"
     paths = [str(Path(__file__).parent / "startup"), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]
     with tempfile.TemporaryDirectory() as folder:
         environment |= {
-            recording.FOLDER: folder, recording.OVERLOOK: ",".join(options.overlook), "PYTHONOPTIMIZE": "1",
+            journal.FOLDER: folder, journal.OVERLOOK: ",".join(options.overlook), "PYTHONOPTIMIZE": "1",
             "PYTEST_ADDOPTS": options_of_pytest, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }  # fmt: skip
         code = subprocess.run([sys.executable, *options.arguments], env=os.environ | environment).returncode
-        found = list(recording.lines(Path(folder)))
+        found = list(journal.read(Path(folder)))
     ended = [line for line in found if "ended" in line]
     print(f"exit code {code}; {len(ended)} tests ended early, so what they launch later is not known")
     for line in ended[:SHOWN]:
@@ -79,9 +77,7 @@ def record(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    from tools.triton_cache import recording
-
-    lines = run(options, **{recording.CACHED: "1", "TRITON_CACHE_DIR": str(options.cache.absolute())})
+    lines = run(options, **{journal.CACHED: "1", "TRITON_CACHE_DIR": str(options.cache.absolute())})
     asked = collections.Counter((line["kernel"], line["hit"]) for line in lines if "hit" in line)
     lacked = {kernel: count for (kernel, hit), count in asked.items() if not hit}
     print(f"{asked.total() - sum(lacked.values())} variants found in {options.cache}, {sum(lacked.values())} not: {lacked}")

@@ -25,7 +25,8 @@ def identity() -> dict[str, str]:
     """What the keys of this Python's Triton depend on besides the kernels, and the suffix of compiled launchers."""
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
-    from triton.compiler.compiler import make_backend, triton_key
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.cache import triton_key
 
     from tools.triton_cache.recording import TARGET
 

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from inspect import isfunction
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,25 +32,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-# In the environment: the folder that processes write to; whether the JIT is real; modules of comparisons.
-FOLDER, CACHED, OVERLOOK = "TRITON_RECORDING", "TRITON_RECORDING_CACHED", "TRITON_RECORDING_OVERLOOK"
+from tools.triton_cache.journal import CACHED, FOLDER, OVERLOOK, write
+
 TARGET = GPUTarget("cuda", 90, 32)
 GPU = torch.device("cuda", 0)
 MEMORY = 80 << 30
 MOST_FLOPS = 1 << 25  # of a product that is computed; larger ones are 0
 _started = threading.Lock()
-
-
-def write(line: dict[str, Any]) -> None:
-    """Append to this process's file."""
-    with open(Path(os.environ[FOLDER], f"{os.getpid()}.jsonl"), "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def lines(folder: Path) -> Iterator[dict[str, Any]]:
-    """What all processes wrote."""
-    for path in sorted(folder.glob("*.jsonl")):
-        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
 def start() -> None:
