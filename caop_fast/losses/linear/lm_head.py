@@ -9,6 +9,7 @@ The same goes for a weight narrower than the hidden states it meets.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from torch import Tensor
 WIDEN_BYTES = 1 << 24  # float32 bytes of one widened block of a weight
 ADDED_BYTES = 1 << 27  # float32 bytes of one product that is added to a sum in a pass of its own
 ROW_MULTIPLE = 16  # elements: rows of logits start where the kernels can load, and cuBLAS write, 16 bytes at a time
+PROBED_SHAPE = (48, 256, 40)  # rows, inner dimension and columns of the products that are compared
+PROBE_TOLERANCE = 1e-3  # float32 sums of 256 terms are off by less than 1e-4, a float16 result by 4e-3 and more
 TOKEN_MULTIPLE, ID_MULTIPLE = 64, 128  # GEMM tiles; only where that many fit
 
 
@@ -80,28 +83,74 @@ def keeps_accumulator(device: torch.device, operand: torch.dtype, result: torch.
 
 @functools.cache
 def _has_mm(device: torch.device, operand: torch.dtype) -> bool:
-    """Whether ``torch.mm`` takes ``out_dtype`` on the device: it does on CUDA, and says so elsewhere."""
-    return _runs(device, operand, lambda a, out: torch.mm(a, a, out_dtype=torch.float32, out=out))
+    """Whether ``torch.mm`` takes ``out_dtype`` on the device and is right: it raises where it does not take it."""
+    return _is_right(
+        "torch.mm", lambda out, a, b: torch.mm(a, b, out_dtype=torch.float32, out=out), device, operand, adds=False
+    )
 
 
 @functools.cache
 def _has_addmm(device: torch.device, operand: torch.dtype) -> bool:
-    """Whether ``torch.addmm`` adds such a product to a float32 tensor: PyTorch 2.10 does (pytorch/pytorch#167931)."""
-    return _runs(device, operand, lambda a, out: torch.addmm(out, a, a, out_dtype=torch.float32, out=out))
+    """The same of ``torch.addmm``, adding to a float32 tensor in place: from PyTorch 2.10 (pytorch/pytorch#167931)."""
+    return _is_right(
+        "torch.addmm", lambda out, a, b: torch.addmm(out, a, b, out_dtype=torch.float32, out=out), device, operand,
+        adds=True,
+    )  # fmt: skip
 
 
-def _runs(device: torch.device, operand: torch.dtype, product: Callable[[Tensor, Tensor], Tensor]) -> bool:
-    try:
-        product(torch.zeros(16, 16, device=device, dtype=operand), torch.zeros(16, 16, device=device))
-    except torch.OutOfMemoryError:  # says nothing about the product
-        raise
-    except (RuntimeError, TypeError):
-        return False
+def _is_right(
+    name: str,
+    product: Callable[[Tensor, Tensor, Tensor], Tensor],
+    device: torch.device,
+    operand: torch.dtype,
+    *,
+    adds: bool,
+) -> bool:
+    """Whether ``product(out, first, second)`` writes first second to ``out`` (or adds it), summed in float32.
+
+    Tried on random matrices with the layouts that the losses use: either operand transposed, rows of all three longer
+    than what is used of them. A product that raises is not there; one that is wrong is not used, with a warning.
+    """
+    rows, inner, width = PROBED_SHAPE
+    g = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(*shape, generator=g).to(operand) for shape in ((rows, inner), (inner, width)))
+    before = 32 * torch.randn(rows, width, generator=g) if adds else torch.full((rows, width), torch.nan)
+    expected = first.double() @ second.double() + (before if adds else 0)
+    for transposed in ((False, False), (False, True), (True, False)):
+        operands = []
+        for matrix, turned in zip((first, second), transposed, strict=True):
+            rows_of = _padded(matrix.t() if turned else matrix).to(device)[:, :-ROW_MULTIPLE]
+            operands.append(rows_of.t() if turned else rows_of)
+        area = _padded(before).to(device)
+        try:
+            product(area[:, :width], *operands)
+        except torch.OutOfMemoryError:  # says nothing about the product
+            raise
+        except (RuntimeError, TypeError):
+            return False
+        found = area.cpu()
+        error = float((found[:, :width] - expected).abs().max())
+        if not error <= PROBE_TOLERANCE or not bool(found[:, width:].isnan().all()):
+            warnings.warn(
+                f"{name} from {operand} to float32 is wrong on {device} (PyTorch {torch.__version__}): off by "
+                f"{error:.3g}, or written outside its result; linear losses do without it, which takes longer",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
     return True
 
 
+def _padded(matrix: Tensor) -> Tensor:
+    """The matrix with ROW_MULTIPLE more columns, of NaN."""
+    return torch.nn.functional.pad(matrix, (0, ROW_MULTIPLE), value=torch.nan)
+
+
 def accumulating_gemms(device: torch.device, operand: torch.dtype) -> dict[str, bool]:
-    """Which GEMMs from ``operand`` to float32 the device has; where it has none, a linear loss makes another pass."""
+    """Which GEMMs from ``operand`` to float32 the device has, for reports of measurements.
+
+    Without "mm" a linear loss widens its operands to float32; without "addmm" it adds products in a pass of its own.
+    """
     return {"mm": _has_mm(device, operand), "addmm": _has_addmm(device, operand)}
 
 
