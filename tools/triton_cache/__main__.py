@@ -20,7 +20,7 @@ SHOWN = 10  # tests or errors that are printed
 
 def main() -> int:
     options = arguments()
-    return {"record": record, "check": check, "compile": compile_, "pack": pack, "unpack": unpack}[options.verb](options)
+    return VERBS[options.verb](options)
 
 
 def arguments() -> argparse.Namespace:
@@ -68,19 +68,19 @@ def run(options: argparse.Namespace, **environment: str) -> list[dict[str, Any]]
 
 def record(options: argparse.Namespace) -> int:
     lines = run(options)
-    variants = {line["data"]: line for line in lines if "data" in line}
-    ended = [line for line in lines if "ended" in line]
-    options.out.write_text(json.dumps({"variants": list(variants.values()), "ended": ended}, indent=1), encoding="utf-8")
-    kernels = collections.Counter(line["kernel"] for line in variants.values())
-    print(f"{len(variants)} variants of {len(kernels)} kernels in {options.out}")
+    variants = list({line["data"]: line for line in lines if "data" in line}.values())
+    found = {"variants": variants, "ended": [line for line in lines if "ended" in line]}
+    options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    print(f"{len(variants)} variants of {len({line['kernel'] for line in variants})} kernels in {options.out}")
     return 0 if variants else 1
 
 
 def check(options: argparse.Namespace) -> int:
     lines = run(options, **{journal.CACHED: "1", "TRITON_CACHE_DIR": str(options.cache.absolute())})
-    asked = collections.Counter((line["kernel"], line["hit"]) for line in lines if "hit" in line)
-    lacked = {kernel: count for (kernel, hit), count in asked.items() if not hit}
-    print(f"{asked.total() - sum(lacked.values())} variants found in {options.cache}, {sum(lacked.values())} not: {lacked}")
+    asked = {line["hash"] for line in lines if "hash" in line}
+    lacked = {line["hash"]: line["kernel"] for line in lines if line.get("hit") is False}  # others may find it later
+    kernels = dict(collections.Counter(lacked.values()))
+    print(f"{len(asked) - len(lacked)} variants found in {options.cache}, {len(lacked)} not: {kernels}")
     return 0 if asked and not lacked else 1
 
 
@@ -113,6 +113,8 @@ def unpack(options: argparse.Namespace) -> int:
         print(f"no use here, all will be compiled: {name} is {ours}, it was compiled with {theirs}")
     return 0
 
+
+VERBS = {"record": record, "check": check, "compile": compile_, "pack": pack, "unpack": unpack}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,10 +12,8 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 Variant = dict[str, str]  # module and name of a kernel, and Triton's serialized specialization

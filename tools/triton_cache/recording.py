@@ -1,14 +1,14 @@
 """A GPU that is not there: what a process would JIT for an H100 is recorded (or found in a cache), nothing is launched.
 
 ``start`` makes this process believe in a CUDA device of compute capability 9.0. CPU tensors stand in for CUDA tensors:
-they say that their device is ``cuda:0``, and what is made on or moved to CUDA is made on the CPU. Everything that asks for the device answers as on a GPU, so the code under recording needs no knowledge of it. What
-a kernel's key holds of a tensor is its dtype and whether its address divides by 16, which PyTorch's allocators give on
-both devices.
+they say that their device is ``cuda:0``, and what is made on or moved to CUDA is made on the CPU. Code that asks for
+the device is answered as on a GPU, so it needs no knowledge of the recording. What a kernel's key holds of a tensor is
+its dtype and whether its address divides by 16, as addresses from PyTorch's allocators do on both devices.
 
 Kernels write nothing: new memory is 0 where a GPU would have left it as it was, and results are wrong. A test that
 compares them would end there and hide what it launches later, so ``assert`` statements are stripped (PYTHONOPTIMIZE,
-with pytest's ``--assert=plain``) and ``assert_close`` and its likes accept everything. This module is also the pytest
-plugin that lists the tests which ended early all the same.
+with pytest's ``--assert=plain``), and ``assert_close`` and its likes accept everything. This module is also the pytest
+plugin that tells which tests ended early all the same.
 
 ``torch.compile`` runs functions as they are: kernels that Inductor writes are not recorded.
 """
@@ -20,7 +20,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from inspect import isfunction
 from types import SimpleNamespace
 from typing import Any
@@ -67,8 +67,8 @@ class Recorder:
         return True
 
 
-def tell_cached(*, src: Any, cache_hit: bool, **_: Any) -> None:
-    write({"kernel": src.name, "hit": cache_hit})
+def tell_cached(*, src: Any, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
+    write({"kernel": src.name, "hash": metadata["hash"], "hit": cache_hit})
 
 
 class Driver:
@@ -114,12 +114,10 @@ class Driver:
     def clear_cache(self, cache: torch.Tensor) -> None: ...
 
 
-FACTORIES = (
-    "arange as_tensor asarray empty empty_like empty_strided eye full full_like linspace logspace normal ones ones_like "
-    "rand rand_like randint randint_like randn randn_like randperm scalar_tensor tensor zeros zeros_like"
-).split()
-METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros to".split()
-PRODUCTS = "addmm bmm mm".split()
+FACTORIES = """arange as_tensor asarray empty empty_like empty_strided eye full full_like linspace logspace normal ones
+ones_like rand rand_like randint randint_like randn randn_like randperm scalar_tensor tensor zeros zeros_like"""
+METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros to"
+PRODUCTS = "addmm bmm mm"
 
 
 def on_cpu(function: Callable[..., Any], *, empty: bool, multiplies: bool) -> Callable[..., Any]:
@@ -182,9 +180,9 @@ class Handle:
     wait_stream = wait_event = wait
 
 
-class Generator(torch.Generator):
-    def __new__(cls, device: Any = "cpu") -> Generator:
-        return super().__new__(cls, "cpu")
+class CPUGenerator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> CPUGenerator:
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]  # typed as object's
 
 
 def stand_in() -> None:
@@ -214,24 +212,24 @@ def stand_in() -> None:
         setattr(torch.cuda, name, Handle)
     torch.Tensor.device = property(device)  # type: ignore[assignment]
     torch.Tensor.is_cuda = property(lambda tensor: tensor.device.type == GPU.type)  # type: ignore[assignment]
-    torch.Tensor.get_device = lambda tensor: 0  # type: ignore[method-assign]
-    torch.Generator = Generator  # type: ignore[misc]
+    torch.Tensor.get_device = lambda self: 0  # type: ignore[method-assign]
+    torch.Generator = CPUGenerator  # type: ignore[misc]
     torch.compile = lambda model=None, **_: (lambda function: function) if model is None else model  # type: ignore
     torch.testing.assert_close = nothing
     for name in ("allclose", "array_equal", "array_almost_equal", "array_less", "equal"):
         setattr(numpy.testing, f"assert_{name}", nothing)
-    for owner, names in ((torch, FACTORIES + PRODUCTS), (torch.Tensor, METHODS)):
-        for name in names:
+    for owner, names in ((torch, FACTORIES), (torch, PRODUCTS), (torch.Tensor, METHODS)):
+        for name in names.split():
             known: Any = getattr(owner, name)
-            setattr(owner, name, on_cpu(known, empty="empty" in name, multiplies=name in PRODUCTS))
+            setattr(owner, name, on_cpu(known, empty="empty" in name, multiplies=names is PRODUCTS))
     for name in ("cuda", "pin_memory", "record_stream"):
         setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor)
 
 
 def overlook(name: str) -> None:
     """No function of the module ``name`` raises an AssertionError any more, wherever it was imported."""
-    found = sys.modules.get(name)
-    known = {f: overlooking(f) for f in vars(found).values() if getattr(f, "__module__", None) == name and isfunction(f)}
+    members = vars(sys.modules[name]).values() if name in sys.modules else ()
+    known = {f: overlooking(f) for f in members if isfunction(f) and f.__module__ == name}
     for module in list(sys.modules.values()):
         for key, value in list(getattr(module, "__dict__", {}).items()):
             if isfunction(value) and value in known:
@@ -269,7 +267,7 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[Any]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, Any, Any]:
     report = yield
     if FOLDER in os.environ and call.excinfo is not None and report.failed:
         told = f"{call.excinfo.typename}: {call.excinfo.value}"
