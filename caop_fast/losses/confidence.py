@@ -337,7 +337,7 @@ def fake_confidence_rows(like: Tensor, dtype: torch.dtype, *, saves: bool) -> Co
 def _gradient(inputs: GradientInputs) -> Tensor:
     batch, options, vocab, execution = inputs.forward
     return get_backend(execution.backend).confidence_gradient(
-        batch, options, vocab, inputs.saved_statistics, inputs.grads
+        batch, options, vocab, inputs.saved_statistics, inputs.grads, None
     )
 
 

@@ -196,8 +196,9 @@ def confidence_scores_gradient(
     grad_expected: torch.Tensor | None = None,
     grad_variance: torch.Tensor | None = None,
     grad_outside: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of `source`, in its shape and dtype; columns from `vocab_size` on and rows of weight 0 get 0.
+    """The gradient of `source`, in its shape; columns from `vocab_size` on and rows of weight 0 get 0.
 
     Args:
         source, candidate_ids, candidate_values, target, kind, outside_weight, weights, temperature, softcap,
@@ -205,9 +206,13 @@ def confidence_scores_gradient(
         saved_statistics: what that returned; not read, and may be None, with `candidate_ids=None`.
         grad_loss, grad_expected, grad_variance, grad_outside: upstream gradients of the outputs, [N] in their dtype, or
             None.
+        out: what is written and returned, with unit column stride and of any floating dtype; it may share no memory
+            with `source`, whose candidates are read last. None for a new tensor in its dtype.
     """
     n_rows, n_out = source.shape
-    out = torch.empty_like(source, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(source, memory_format=torch.contiguous_format)
+    assert_logits(n_rows, n_out, out)
     if n_rows == 0:
         return out
     n_cols = n_out if vocab_size is None else vocab_size

@@ -161,15 +161,15 @@ def topk_statistics_gradient(
     grad_divergence: torch.Tensor | None = None,
     grad_logprob: torch.Tensor | None = None,
     grad_entropy: torch.Tensor | None = None,
-    inplace: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient [N, V] of the student's logits, in their dtype; columns from `vocab_size` on get 0.
+    """The gradient [N, V] of the student's logits; columns from `vocab_size` on get 0.
 
     Args:
         student_logits ... vocab_size: as given to `topk_statistics`, which also made `saved_statistics` and
             `student_entropy`.
         grad_divergence, grad_logprob, grad_entropy: upstream gradients of those statistics, [N] each; None for none.
-        inplace: write over `student_logits` and return them.
+        out: as of `gradient.logit_gradient`.
     """
     n_rows, n_out = student_logits.shape
     k = teacher_ids.shape[1]
@@ -218,7 +218,7 @@ def topk_statistics_gradient(
     out = logit_gradient(
         student_logits, None, coefficients, labels=labels, weights=weights, temperature=temperature,
         student_softcap=student_softcap, vocab_size=n_cols, log=grad_entropy is not None,
-        label=grad_logprob is not None, out=student_logits if inplace else None,
+        label=grad_logprob is not None, out=out,
     )  # fmt: skip
     if n_rows:
         with current_device(student_logits.device):

@@ -39,7 +39,8 @@ from caop_fast.losses.outputs import RowStatistics
 class Backend(Protocol):
     """The losses' row computations, in plain PyTorch (``backends/torch.py``) or Triton (``backends/triton.py``).
 
-    ``out`` is where a gradient goes (it may be the logits themselves); None for a new tensor.
+    ``out`` is where a gradient goes: the logits themselves, or memory of any floating dtype; None for a new tensor in
+    theirs.
     """
 
     name: str
@@ -49,8 +50,6 @@ class Backend(Protocol):
     """Rows of ``TokenRows.saved_statistics``."""
     saves_confidence: bool
     """Whether ``ConfidenceRows.saved_statistics`` is a tensor, given logits."""
-    narrows_gradients: bool
-    """Whether a gradient may be written in a dtype narrower than that of the logits."""
 
     def distillation_rows(
         self, batch: DistillationBatch, options: DivergenceOptions, vocab: int, dtype: torch.dtype
@@ -160,8 +159,9 @@ class Backend(Protocol):
         vocab: int,
         saved_statistics: Tensor | None,
         grads: ConfidenceGrads,
+        out: Tensor | None,
     ) -> Tensor:
-        """Gradient of ``batch.source``, in a new tensor."""
+        """Gradient of ``batch.source``, which ``out`` shares no memory with."""
         ...
 
     def bin_sums(self, confidence: Tensor, correct: Tensor, edges: Tensor) -> BinSums:

@@ -44,7 +44,6 @@ class TorchBackend:
     reports_neg_inf = True
     token_saved_fields = 2
     saves_confidence = False
-    narrows_gradients = False
 
     def distillation_rows(
         self, batch: DistillationBatch, options: DivergenceOptions, vocab: int, dtype: torch.dtype
@@ -315,10 +314,11 @@ class TorchBackend:
         vocab: int,
         saved_statistics: Tensor | None,
         grads: ConfidenceGrads,
+        out: Tensor | None,
     ) -> Tensor:
         source, ids, values, target, weights = batch
         dtype = values.dtype
-        out = _gradient_like(source, None)
+        gradient = _gradient_like(source, out)
         unmasked = UnmaskedRows.of(weights, source.shape[0])
         for rows in unmasked.blocks(vocab, source.device):
             upstream = ConfidenceGrads(*(take(grad, rows) for grad in grads))
@@ -327,8 +327,8 @@ class TorchBackend:
             else:
                 opened = confidence.open_rows(source[rows, :vocab], options, dtype, slope=options.softcap is not None)
                 part = confidence.logit_gradient(opened, ids, values, target[rows], options, upstream)
-            out[rows, :vocab] = part.to(out.dtype)
-        return _blank(out, vocab, unmasked, weights)
+            gradient[rows, :vocab] = part.to(gradient.dtype)
+        return _blank(gradient, vocab, unmasked, weights)
 
     def bin_sums(self, confidence: Tensor, correct: Tensor, edges: Tensor) -> BinSums:
         n_bins = edges.numel() - 1

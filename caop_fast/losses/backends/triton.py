@@ -41,7 +41,6 @@ class TritonBackend:
     reports_neg_inf = False
     token_saved_fields = SAVED_FIELDS
     saves_confidence = True
-    narrows_gradients = True
 
     def distillation_rows(
         self, batch: DistillationBatch, options: DivergenceOptions, vocab: int, dtype: torch.dtype
@@ -241,6 +240,7 @@ class TritonBackend:
         out: Tensor | None,
     ) -> Tensor:
         student = unit_columns(batch.student)
+        overwrites = out is batch.student or (out is None and student is not batch.student)
         grad_divergence, grad_logprob, grad_entropy = (_packed(grad, saved.statistics.dtype) for grad in grads)
         found = caop_kernels.topk_statistics_gradient(
             student,
@@ -251,7 +251,7 @@ class TritonBackend:
             saved.student_entropy,
             weights=batch.weights,
             vocab_size=vocab,
-            inplace=out is not None or student is not batch.student,
+            out=student if overwrites else out,
             grad_divergence=grad_divergence,
             grad_logprob=grad_logprob,
             grad_entropy=grad_entropy,
@@ -279,6 +279,7 @@ class TritonBackend:
         vocab: int,
         saved_statistics: Tensor | None,
         grads: ConfidenceGrads,
+        out: Tensor | None,
     ) -> Tensor:
         return caop_kernels.confidence_scores_gradient(
             unit_columns(batch.source),
@@ -292,6 +293,7 @@ class TritonBackend:
             grad_expected=grads.expected,
             grad_variance=grads.variance,
             grad_outside=grads.outside_mass,
+            out=out,
             **options._asdict(),
         )
 

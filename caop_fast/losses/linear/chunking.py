@@ -1,11 +1,15 @@
 """The two ways through tokens and ids: chunks of tokens with all ids, or blocks of the vocabulary with all tokens.
 
-A chunk or block is projected to logits in a buffer and shown to ``visit``; the gradient that ``visit`` computes of it
-goes into two GEMMs before the next one takes its place. With one unit U = 2 N V H operations, a model's projection is
-1 U, grad_hidden and grad_weight 1 U each.
+A chunk or block is projected to logits in a buffer and shown to ``visit``, which writes the gradient of the logits;
+that goes into two GEMMs. With one unit U = 2 N V H operations, a model's projection is 1 U, grad_hidden and grad_weight
+1 U each.
 
-Over tokens, grad_weight is read and written once a chunk, in float32, and rounded by the caller; over the vocabulary
-every block of grad_weight is computed at once and rounded as it is written, and only grad_hidden is carried.
+Over the vocabulary every block of grad_weight is computed at once and rounded as it is written, and only grad_hidden is
+carried. Over tokens, grad_weight is a sum over chunks: adding one chunk of G tokens reads and writes the float32
+[V, H], 8 V H bytes, for 2 V H G operations. At 700 TFLOP/s and 3 TB/s that is 930 / G of the GEMM's own time. The
+gradient of the logits, in the GEMMs' narrower dtype, takes a quarter of what the float32 logits of two models take: it
+is kept for many more tokens than the logits are, for all of them where they fit. Then grad_weight is one GEMM, which
+nothing is added to. Where the gradient is no narrower, it goes over the logits, and both GEMMs follow every chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import torch
 from torch import Tensor
 
 from caop_fast.losses.backends.masked_rows import UnmaskedRows
-from caop_fast.losses.backends.resolve import get_backend
 from caop_fast.losses.batches import ConfidenceRows, DistillationRows, TokenRows
 from caop_fast.losses.linear.config import LinearConfig, NeedsGrad
 from caop_fast.losses.linear.lm_head import (
@@ -26,84 +29,35 @@ from caop_fast.losses.linear.lm_head import (
     TOKEN_MULTIPLE,
     LMHead,
     LogitBuffer,
-    Operands,
-    ProjectedSide,
-    add_hidden_gradient,
-    add_weight_gradient,
     convert_weights,
     even_slices,
-    gradient_operand,
+    hidden_gradient,
     hidden_operand,
-    shares_projection,
     weight_gradient,
+    weight_product,
 )
+from caop_fast.losses.linear.sides import ProjectedSides
 
-# Bytes of logits of all models per chunk of tokens. Each chunk reads and writes all of grad_weight once, so chunks are
-# larger where grad_weight is needed.
+# Bytes of logits of all models per chunk of tokens.
 CPU_CHUNK_BYTES = 240 << 20
 DEVICE_CHUNK_BYTES = 1280 << 20
+# The same where every chunk reads and writes all of grad_weight.
 DEVICE_CHUNK_BYTES_WITH_WEIGHT_GRADIENT = 2560 << 20
+# Bytes of the gradient of the logits that is kept for one product: for all tokens, or else for some of them beside the
+# float32 sum of grad_weight.
+DEVICE_GRADIENT_BYTES = 2560 << 20
+DEVICE_SUMMED_GRADIENT_BYTES = 1920 << 20
 # Bytes of logits per block of ids, all tokens at a time; the last with ``low_memory``.
 CPU_BLOCK_BYTES = 192 << 20
 DEVICE_BLOCK_BYTES = 1280 << 20
 LOW_MEMORY_BLOCK_BYTES = 192 << 20
 
 MIN_TOKENS, MIN_IDS = 32, 256
+NO_GRADIENT = NeedsGrad(False, False, False)
 
-# visit(which tokens or ids, student's logits, teacher's logits, where the gradient may go) -> the gradient, or None
-Visit = Callable[[slice, Tensor, "Tensor | None", Tensor], "Tensor | None"]
+# visit(which tokens or ids, student's logits, teacher's logits, where the gradient goes, if any is needed)
+Visit = Callable[[slice, Tensor, "Tensor | None", Tensor], None]
 Rows = TypeVar("Rows", DistillationRows, TokenRows, ConfidenceRows)
-
-
-class ProjectedSides(NamedTuple):
-    """What logits are computed from: hidden states of the rows that are computed, heads of this rank's ids."""
-
-    student: ProjectedSide
-    teacher: ProjectedSide | None = None
-    mask: Tensor | None = None  # [R] bool: rows whose hidden states must not reach a product
-
-    @property
-    def shared(self) -> bool:
-        """Whether one projection serves both models."""
-        return self.teacher is not None and shares_projection(self.student.head, self.teacher.head)
-
-    @property
-    def heads(self) -> tuple[LMHead, LMHead | None]:
-        return self.student.head, None if self.teacher is None else self.teacher.head
-
-    def operands(self, rows: slice) -> Operands:
-        """Hidden states of some rows as the GEMMs take them; 0 in masked rows, whatever they hold: NaN * 0 is NaN."""
-        mask = None if self.mask is None else self.mask[rows].view(-1, 1)
-
-        def masked(hidden: Tensor) -> Tensor:
-            return hidden if mask is None else hidden.masked_fill(mask, 0)
-
-        student = self.student.hidden[rows].to(self.student.head.operand_dtype)
-        if self.teacher is None:
-            return Operands(masked(student))
-        teacher = self.teacher.hidden[rows].to(self.teacher.head.operand_dtype)
-        if not self.shared:
-            return Operands(masked(student), masked(teacher))
-        stacked = torch.cat([student, teacher])
-        if mask is not None:
-            stacked.masked_fill_(torch.cat([mask, mask]), 0)
-        student, teacher = stacked.split(student.shape[0])
-        return Operands(student, teacher, stacked)
-
-
-def unmask_sides(
-    student: ProjectedSide, teacher: ProjectedSide | None, unmasked: UnmaskedRows, config: LinearConfig
-) -> ProjectedSides:
-    """The rows that are computed, and both heads over the ids of this rank, detached."""
-    width = config.layout.columns.width
-
-    def unmask(side: ProjectedSide) -> ProjectedSide:
-        head = side.head
-        bias = None if head.bias is None else head.bias.detach()[:width].to(head.logits_dtype)
-        head = head._replace(weight=head.weight.detach()[:width], bias=bias)
-        return ProjectedSide(unmasked.take(side.hidden.detach()), head)
-
-    return ProjectedSides(unmask(student), None if teacher is None else unmask(teacher), unmasked.mask)
 
 
 class ProjectionGrads(NamedTuple):
@@ -112,17 +66,6 @@ class ProjectionGrads(NamedTuple):
     hidden: Tensor | None = None  # [N, H]
     weight: Tensor | None = None  # [V, H]
     bias: Tensor | None = None  # [V]
-
-    @staticmethod
-    def zeros(sides: ProjectedSides, needs: NeedsGrad) -> ProjectionGrads:
-        """For ``over_token_chunks`` to add to, in the dtype of accumulation."""
-        hidden, head = sides.student
-        dtype, new = head.accumulator_dtype, head.weight.new_zeros
-        return ProjectionGrads(
-            new(hidden.shape, dtype=dtype) if needs.hidden else None,
-            new(head.weight.shape, dtype=dtype) if needs.weight else None,
-            new(head.weight.shape[0], dtype=dtype) if needs.bias else None,
-        )
 
     @staticmethod
     def like(head: LMHead, sides: ProjectedSides, needs: NeedsGrad) -> ProjectionGrads:
@@ -143,43 +86,116 @@ class ProjectionGrads(NamedTuple):
         return any(part is not None for part in self)
 
 
+class TokenSizes(NamedTuple):
+    """How many tokens are held at a time."""
+
+    logits: int
+    """Most tokens whose logits are held."""
+    gradient: int
+    """Most tokens whose gradient of the logits is held, for one product that makes or adds to grad_weight."""
+    beside: bool
+    """Whether that gradient has memory of its own; else it goes over the logits."""
+
+    def chunks(self, n_rows: int) -> list[list[slice]]:
+        """Tokens whose logits are computed at a time, by product; of nearly equal sizes, none of nothing."""
+        return [
+            [
+                slice(product.start + part.start, product.start + part.stop)
+                for part in even_slices(product.stop - product.start, self.logits, TOKEN_MULTIPLE)
+            ]
+            for product in even_slices(n_rows, self.gradient, TOKEN_MULTIPLE)
+        ]
+
+
 def over_token_chunks(
     sides: ProjectedSides,
     visit: Visit,
     config: LinearConfig,
-    grads: ProjectionGrads,
+    needs: NeedsGrad,
     *,
     gathers_logits: bool = False,
-    extra_buffers: int = 0,
-) -> None:
-    """Visit all ids of a chunk of tokens at a time, and add to ``grads``, in the dtype of accumulation.
+    overwrites: bool = True,
+) -> ProjectionGrads:
+    """Visit all ids of a chunk of tokens at a time; the gradients that ``needs`` names, of all rows of ``sides``.
+
+    grad_hidden and grad_bias come in the dtype of accumulation, grad_weight in ``LMHead.kept_dtype``.
 
     Args:
         gathers_logits: ``visit`` gathers the logits of the other ranks, and holds them as they came and side by side.
-        extra_buffers: how many buffers of the size of a model's logits ``visit`` allocates.
+        overwrites: whether ``visit`` can write the gradient over the logits.
     """
-    (student, teacher), n_rows = sides.heads, sides.student.hidden.shape[0]
-    vocab, device = student.weight.shape[0], student.weight.device
-    chunks = list(
-        even_slices(n_rows, _most_tokens(sides, config, grads, gathers_logits, extra_buffers), TOKEN_MULTIPLE)
-    )
-    longest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    with _no_autocast(device):
-        buffer = LogitBuffer(student, teacher, longest, vocab, narrow=_narrows(config, grads))
+    (student, teacher), n_rows, vocab = sides.heads, sides.student.hidden.shape[0], sides.student.head.weight.shape[0]
+    sizes = token_sizes(sides, config, needs, gathers_logits=gathers_logits, overwrites=overwrites)
+    products = sizes.chunks(n_rows)
+    sums = _Sums(sides, needs, several=len(products) > 1)
+    longest = max((_length(part) for product in products for part in product), default=0)
+    kept = max((_length(_span(product)) for product in products), default=0) if sizes.beside else None
+    with _no_autocast(student.weight.device):
+        buffer = LogitBuffer(student, teacher, longest, vocab, gradient_rows=kept)
         student, teacher = convert_weights(student, teacher, shared=sides.shared)
-        for rows in chunks:
-            hidden = sides.operands(rows)
-            logits, teacher_logits = buffer.project(hidden, student, teacher)
-            gradient = visit(rows, logits, teacher_logits, buffer.gradient(logits))
-            if gradient is None or not grads.needed:
+        for product in products:
+            tokens = _span(product)
+            for part in product:
+                hidden = sides.operands(part)
+                logits, teacher_logits = buffer.project(hidden, student, teacher)
+                gradient = buffer.gradient(logits, part.start - tokens.start)
+                visit(part, logits, teacher_logits, gradient)
+                del logits, teacher_logits
+            if not any(needs):
                 continue
-            gradient = gradient_operand(gradient, student)
-            if grads.hidden is not None:
-                add_hidden_gradient(grads.hidden[rows], gradient, student)
-            if grads.weight is not None:
-                add_weight_gradient(grads.weight, gradient, hidden.student, student)
-            if grads.bias is not None:
-                grads.bias.add_(gradient.sum(0, dtype=grads.bias.dtype))
+            own = hidden.student
+            if len(product) > 1:
+                gradient, own = buffer.gradient_rows(0, _length(tokens), vocab), sides.student_operand(tokens)
+            if product is products[-1]:  # grad_weight may take their place
+                buffer.free_logits()
+            sums.add(tokens, gradient, own, student)
+            del gradient
+        del buffer
+        return sums.finish()
+
+
+class _Sums:
+    """The gradients of a call, to which those of some tokens are added at a time."""
+
+    def __init__(self, sides: ProjectedSides, needs: NeedsGrad, *, several: bool) -> None:
+        """``several``: more than one product goes into grad_weight, which is then summed before it is rounded."""
+        hidden, head = sides.student
+        dtype, self._new = head.accumulator_dtype, head.weight.new_zeros
+        self._needs, self._kept_dtype = needs, head.kept_dtype
+        self._sum_dtype = dtype if several else head.kept_dtype
+        self._shape = head.weight.shape
+        self._hidden = head.weight.new_empty(hidden.shape, dtype=dtype) if needs.hidden else None
+        self._bias = self._new(self._shape[:1], dtype=dtype) if needs.bias else None
+        self._weight: Tensor | None = None  # made when the first product is: by then other memory may be free
+
+    def add(self, tokens: slice, gradient: Tensor, hidden: Tensor, head: LMHead) -> None:
+        """What follows from the gradient [R, V] of the logits of ``tokens``, whose hidden states are [R, H]."""
+        if self._hidden is not None:
+            hidden_gradient(gradient, head, self._hidden[tokens])
+        if self._bias is not None:
+            self._bias.add_(gradient.sum(0, dtype=self._bias.dtype))
+        if self._needs.weight:
+            first = self._weight is None
+            if self._weight is None:
+                self._weight = gradient.new_empty(self._shape, dtype=self._sum_dtype)
+            weight_gradient(gradient, hidden_operand(hidden, head), head, self._weight, add=not first)
+
+    def finish(self) -> ProjectionGrads:
+        """The gradients, of no tokens at all too."""
+        weight = None
+        if self._needs.weight:
+            weight = self._new(self._shape, dtype=self._kept_dtype) if self._weight is None else self._weight
+            weight, self._weight = weight.to(self._kept_dtype), None
+        return ProjectionGrads(self._hidden, weight, self._bias)
+
+
+def _span(chunks: list[slice]) -> slice:
+    """All of the tokens of consecutive chunks."""
+    return slice(chunks[0].start, chunks[-1].stop)
+
+
+def _length(tokens: slice) -> int:
+    return int(tokens.stop - tokens.start)
 
 
 def over_vocabulary_blocks(
@@ -194,7 +210,8 @@ def over_vocabulary_blocks(
     blocks = list(even_slices(vocab, _most_ids(sides, config), ID_MULTIPLE))
     longest = max((block.stop - block.start for block in blocks), default=0)
     with _no_autocast(device):
-        buffer = LogitBuffer(student, teacher, n_rows, longest, narrow=_narrows(config, grads))
+        beside = grads.needed and student.gradient_dtype != student.logits_dtype
+        buffer = LogitBuffer(student, teacher, n_rows, longest, gradient_rows=n_rows if beside else None)
         hidden = sides.operands(slice(None))
         other = hidden_operand(hidden.student, student)
         shared = hidden.stacked is not None
@@ -203,14 +220,14 @@ def over_vocabulary_blocks(
                 student.within(ids), None if teacher is None else teacher.within(ids), shared=shared
             )
             logits, teacher_logits = buffer.project(hidden, head, teacher_head)
-            gradient = visit(ids, logits, teacher_logits, buffer.gradient(logits))
-            if gradient is None or not grads.needed:
-                continue
-            gradient = gradient_operand(gradient, head)
+            gradient = buffer.gradient(logits)
+            visit(ids, logits, teacher_logits, gradient)
             if grads.hidden is not None:
-                add_hidden_gradient(grads.hidden, gradient, head)
-            if grads.weight is not None:
-                _write(weight_gradient(gradient, other, dtype), grads.weight[ids], factor)
+                hidden_gradient(gradient, head, grads.hidden, add=True)
+            if grads.weight is not None and factor is None:
+                weight_gradient(gradient, other, head, grads.weight[ids])
+            elif grads.weight is not None:
+                _write(weight_product(gradient, other, dtype), grads.weight[ids], factor)
             if grads.bias is not None:
                 _write(gradient.sum(0, dtype=dtype), grads.bias[ids], factor)
         if factor is not None and grads.hidden is not None:
@@ -222,27 +239,34 @@ def _write(part: Tensor, out: Tensor, factor: Tensor | None) -> None:
     out.copy_(part if factor is None else part.mul_(factor))
 
 
-def _narrows(config: LinearConfig, grads: ProjectionGrads) -> bool:
-    return grads.needed and get_backend(config.execution.backend).narrows_gradients
-
-
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """The products take the dtypes they were given."""
     kind = device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _most_tokens(
-    sides: ProjectedSides, config: LinearConfig, grads: ProjectionGrads, gathers_logits: bool, extra_buffers: int
-) -> int:
+def token_sizes(
+    sides: ProjectedSides, config: LinearConfig, needs: NeedsGrad, *, gathers_logits: bool, overwrites: bool
+) -> TokenSizes:
     """The same on all ranks, however many ids each has, since they exchange something in every chunk."""
-    if config.chunk_size is not None:
-        return config.chunk_size
     layout, head = config.layout, sides.student.head
-    width = max(layout.sizes) + (2 * sum(layout.sizes) if gathers_logits and layout.is_sharded else 0)
-    n_buffers = (1 if sides.teacher is None else 2) + extra_buffers
-    needs_weight = grads.weight is not None
-    return chunk_tokens(width, n_buffers, head.logits_dtype, head.weight.device, weight_gradient=needs_weight)
+    n_rows, widest = sides.student.hidden.shape[0], max(layout.sizes)
+    gathers = gathers_logits and layout.is_sharded
+    keeps = needs.weight and head.narrow_gradient  # for more tokens than have logits
+    beside = any(needs) and (keeps or not overwrites or head.gradient_dtype != head.logits_dtype)
+    if config.chunk_size is not None:
+        logits = config.chunk_size
+    else:
+        n_buffers = 1 if sides.teacher is None else 2
+        if any(needs) and not overwrites and (gathers or not keeps):
+            n_buffers += 1
+        width = widest + (2 * sum(layout.sizes) if gathers else 0)
+        summed = needs.weight and not keeps
+        logits = chunk_tokens(width, n_buffers, head.logits_dtype, head.weight.device, adds_weight_gradient=summed)
+    if not keeps:
+        return TokenSizes(logits, logits, beside)
+    gradient = kept_tokens(n_rows, widest, head.gradient_dtype)
+    return TokenSizes(logits, max(gradient, logits), beside)
 
 
 def _most_ids(sides: ProjectedSides, config: LinearConfig) -> int:
@@ -253,14 +277,22 @@ def _most_ids(sides: ProjectedSides, config: LinearConfig) -> int:
 
 
 def chunk_tokens(
-    width: int, n_buffers: int, logits_dtype: torch.dtype, device: torch.device, *, weight_gradient: bool
+    width: int, n_buffers: int, logits_dtype: torch.dtype, device: torch.device, *, adds_weight_gradient: bool
 ) -> int:
     """Most tokens per chunk, each with ``width`` logits in each of ``n_buffers``."""
     if device.type == "cpu":
         budget = CPU_CHUNK_BYTES
     else:
-        budget = DEVICE_CHUNK_BYTES_WITH_WEIGHT_GRADIENT if weight_gradient else DEVICE_CHUNK_BYTES
+        budget = DEVICE_CHUNK_BYTES_WITH_WEIGHT_GRADIENT if adds_weight_gradient else DEVICE_CHUNK_BYTES
     return _fitting(budget // (n_buffers * max(width, 1) * logits_dtype.itemsize), MIN_TOKENS, TOKEN_MULTIPLE)
+
+
+def kept_tokens(n_rows: int, width: int, dtype: torch.dtype) -> int:
+    """Most tokens of ``n_rows`` whose gradient of ``width`` logits is kept for one product."""
+    row = max(width, 1) * dtype.itemsize
+    if n_rows * row <= DEVICE_GRADIENT_BYTES:
+        return max(n_rows, 1)
+    return _fitting(DEVICE_SUMMED_GRADIENT_BYTES // row, MIN_TOKENS, TOKEN_MULTIPLE)
 
 
 def block_ids(n_rows: int, n_models: int, logits_dtype: torch.dtype, device: torch.device, *, low_memory: bool) -> int:

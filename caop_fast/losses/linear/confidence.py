@@ -30,17 +30,17 @@ from caop_fast.losses.confidence import (
     saves_confidence,
 )
 from caop_fast.losses.linear.chunking import (
-    ProjectedSides,
+    NO_GRADIENT,
     ProjectionGrads,
     over_token_chunks,
     spread_rows,
-    unmask_sides,
     write_rows,
 )
 from caop_fast.losses.linear.config import LinearConfig, prepare
 from caop_fast.losses.linear.distributed import VocabularyShards
 from caop_fast.losses.linear.gradients import fake_gradients, finish_gradients, gradient_inputs, prepare_upstream
 from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
+from caop_fast.losses.linear.sides import ProjectedSides, unmask_sides
 from caop_fast.losses.operator import Operator
 from caop_fast.losses.options import ConfidenceOptions
 from caop_fast.losses.outputs import ConfidenceOutput
@@ -186,7 +186,7 @@ def _rows(call: ConfidenceCall) -> ConfidenceRows:
     def visit(tokens: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> None:
         write_rows(rows, tokens, backend.confidence_rows(work.batch(logits, tokens), call.options, vocab))
 
-    over_token_chunks(work.sides, visit, config, ProjectionGrads(), gathers_logits=True, extra_buffers=1)
+    over_token_chunks(work.sides, visit, config, NO_GRADIENT, gathers_logits=True)
     return spread_rows(rows, work.unmasked)
 
 
@@ -207,19 +207,20 @@ def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
         saved = saved[:, work.unmasked.kept]
     upstream, factor = prepare_upstream(grads, student.head, work.values.dtype, work.unmasked)
 
-    def visit(tokens: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor:
+    def visit(tokens: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> None:
+        batch = work.batch(logits, tokens)
         gradient = backend.confidence_gradient(
-            work.batch(logits, tokens),
+            batch,
             call.options,
             layout.columns.total,
             None if saved is None else saved[:, tokens].contiguous(),
             ConfidenceGrads(*(take(grad, tokens) for grad in upstream)),
+            batch.source.new_empty(batch.source.shape, dtype=out.dtype) if layout.is_sharded else out,
         )
-        return out.copy_(layout.columns.of(gradient))
+        if layout.is_sharded:
+            out.copy_(layout.columns.of(gradient))
 
-    gradients = ProjectionGrads.zeros(work.sides, config.needs_grad)
-    # The gradient of a chunk lies beside its logits, before it is copied to ``out``.
-    over_token_chunks(work.sides, visit, config, gradients, gathers_logits=True, extra_buffers=1)
+    gradients = over_token_chunks(work.sides, visit, config, config.needs_grad, gathers_logits=True, overwrites=False)
     if factor is not None:
         for part in gradients:
             if part is not None:

@@ -25,18 +25,18 @@ from caop_fast.losses.distillation import (
     fake_distillation_rows,
 )
 from caop_fast.losses.linear.chunking import (
-    ProjectedSides,
+    NO_GRADIENT,
     ProjectionGrads,
     over_token_chunks,
     over_vocabulary_blocks,
     spread_rows,
-    unmask_sides,
     write_rows,
 )
 from caop_fast.losses.linear.config import LinearConfig, PreparedCall, prepare, statistics_dtype
 from caop_fast.losses.linear.distributed import ShardedBackend, VocabularyShards
 from caop_fast.losses.linear.gradients import fake_gradients, finish_gradients, gradient_inputs, prepare_upstream
 from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
+from caop_fast.losses.linear.sides import ProjectedSides, unmask_sides
 from caop_fast.losses.operator import Operator
 from caop_fast.losses.options import DivergenceOptions
 from caop_fast.losses.outputs import DistillationOutput
@@ -193,7 +193,7 @@ def _rows_over_token_chunks(work: UnmaskedCall, config: LinearConfig) -> Distill
         batch = work.batch(student, teacher, tokens)
         write_rows(rows, tokens, work.backend.distillation_rows(batch, work.options.rows(tokens)))
 
-    over_token_chunks(work.sides, visit, config, ProjectionGrads())
+    over_token_chunks(work.sides, visit, config, NO_GRADIENT)
     return rows
 
 
@@ -238,10 +238,10 @@ def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
     upstream, factor = prepare_upstream(grads, call.student.head, backend.dtype, unmasked)
     sides = work.sides if grads.divergence is not None else work.sides._replace(teacher=None)
 
-    def visit(ids: slice, student: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor:
+    def visit(ids: slice, student: Tensor, teacher: Tensor | None, out: Tensor) -> None:
         batch = work.batch(student, teacher, slice(None))
         columns = call.config.layout.columns.within(ids)
-        return backend.local.distillation_gradient(batch, work.options, columns, saved, upstream, out)
+        backend.local.distillation_gradient(batch, work.options, columns, saved, upstream, out)
 
     gradients = ProjectionGrads.like(call.student.head, sides, call.config.needs_grad)
     over_vocabulary_blocks(sides, visit, call.config, gradients, factor)

@@ -17,10 +17,11 @@ from caop_fast.losses.backends.masked_rows import UnmaskedRows
 from caop_fast.losses.backends.row_blocks import take
 from caop_fast.losses.batches import ConfidenceGrads, DistillationGrads, DistillationRows, TokenGrads, TopKRows
 from caop_fast.losses.distillation import ONCE, reduce_rows, total_weight
-from caop_fast.losses.linear.chunking import ProjectedSides, ProjectionGrads, over_token_chunks
+from caop_fast.losses.linear.chunking import ProjectionGrads, over_token_chunks
 from caop_fast.losses.linear.config import LinearConfig
 from caop_fast.losses.linear.distributed import VocabularyLayout
 from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide, even_slices
+from caop_fast.losses.linear.sides import ProjectedSides
 from caop_fast.losses.operator import Inputs, Operator
 from caop_fast.losses.outputs import DistillationOutput
 
@@ -43,9 +44,9 @@ class LossWithGradients(NamedTuple):
     factor: Tensor  # scalar that the gradients must be multiplied by to be those of the loss
     student_logprob: Tensor | None = None  # None without labels
     teacher_logprob: Tensor | None = None
-    grad_hidden: Tensor | None = None  # [N, H]; like the next two in the dtype of accumulation
-    grad_weight: Tensor | None = None  # of this rank's ids
-    grad_bias: Tensor | None = None
+    grad_hidden: Tensor | None = None  # [N, H] in the dtype of accumulation
+    grad_weight: Tensor | None = None  # [V, H] of this rank's ids in ``LMHead.kept_dtype``
+    grad_bias: Tensor | None = None  # [V] of this rank's ids in the dtype of accumulation
 
     def output(self, lead: torch.Size) -> DistillationOutput:
         """Loss and statistics with the leading shape of the inputs."""
@@ -77,40 +78,37 @@ ComputeRows = Callable[[slice, Tensor, "Tensor | None", Tensor, "Tensor | None"]
 def compute_with_gradients(
     sides: ProjectedSides, compute: ComputeRows, rows: WeightedRows, config: LinearConfig
 ) -> LossWithGradients:
-    """The loss, its statistics, and the gradients of sum(w D)."""
+    """The loss, its statistics, and its gradients but for ``factor``."""
     (hidden, head), unmasked = sides.student, rows.unmasked
     upstream = factor = None
     if any(config.needs_grad):
         ones = hidden.new_ones(unmasked.n_kept, dtype=rows.dtype)
         weights = unmasked.take(rows.weights)
-        upstream, factor = scale_upstream(ones if weights is None else weights, head, unmasked.mask)
+        upstream = ones if weights is None else weights
+        if rows.reduction == "mean":
+            upstream = upstream / total_weight(rows.weights, upstream)
+        upstream, factor = scale_upstream(upstream, head, unmasked.mask)
     columns = {
         name: hidden.new_zeros(unmasked.n_kept, dtype=rows.dtype)
         for name in STATISTICS
         if rows.labelled or not name.endswith("logprob")
     }
 
-    def visit(tokens: slice, student: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor | None:
+    def visit(tokens: slice, student: Tensor, teacher: Tensor | None, out: Tensor) -> None:
         computed = compute(tokens, student, teacher, out, take(upstream, tokens))
         for name, column in columns.items():
             column[tokens] = getattr(computed, name)
-        return None if upstream is None else out
 
-    grads = ProjectionGrads.zeros(sides, config.needs_grad)
     # Against a sparse teacher, whose ids may be any rank's, the logits are gathered.
-    over_token_chunks(sides, visit, config, grads, gathers_logits=sides.teacher is None)
+    grads = over_token_chunks(sides, visit, config, config.needs_grad, gathers_logits=sides.teacher is None)
     if grads.hidden is not None:
         config.layout.all_reduce(grads.hidden)
     statistics = {name: unmasked.spread(column) for name, column in columns.items()}
     divergence = statistics["divergence"]
     loss = reduce_rows(divergence, rows.weights, rows.reduction, divergence.shape)
-    if factor is None:
-        factor = divergence.new_ones(())
-    if rows.reduction == "mean":
-        factor = factor / total_weight(rows.weights, divergence)
     return LossWithGradients(
         loss=loss,
-        factor=factor,
+        factor=divergence.new_ones(()) if factor is None else factor,
         grad_hidden=None if grads.hidden is None else unmasked.scatter(grads.hidden),
         grad_weight=grads.weight,
         grad_bias=grads.bias,
@@ -134,7 +132,7 @@ def fake_with_gradients(
         student_logprob=new(n_rows, dtype=dtype) if labelled else None,
         teacher_logprob=new(n_rows, dtype=dtype) if labelled else None,
         grad_hidden=new((n_rows, n_features), dtype=accumulator) if needs.hidden else None,
-        grad_weight=new((width, n_features), dtype=accumulator) if needs.weight else None,
+        grad_weight=new((width, n_features), dtype=head.kept_dtype) if needs.weight else None,
         grad_bias=new(width, dtype=accumulator) if needs.bias else None,
     )
 
@@ -155,11 +153,13 @@ def _scaled(inputs: ScaledInputs) -> Tensor:
     total = inputs.total
     out = _fake_scaled(inputs)
     out[total.shape[0] :] = 0
+    # Of one axis: without any, the factor would be rounded to the dtype of ``total``.
+    factor = inputs.factor.to(torch.promote_types(total.dtype, torch.float32)).view(1)
     most = max(1, total.shape[0])
-    if total.device.type == "cpu" and inputs.dtype != total.dtype:
+    if total.device.type == "cpu" and not inputs.dtype == total.dtype == factor.dtype:
         most = max(1, ROUNDED_ELEMENTS // max(1, total[:1].numel()))
     for rows in even_slices(total.shape[0], most):
-        torch.mul(total[rows], inputs.factor, out=out[rows])  # a CPU makes the product in the dtype of ``total`` first
+        torch.mul(total[rows], factor, out=out[rows])  # a CPU makes the product in the dtype of ``factor`` first
     return out
 
 

@@ -9,15 +9,17 @@ The same goes for a weight narrower than the hidden states it meets.
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 WIDEN_BYTES = 1 << 24  # float32 bytes of one widened block of a weight
-ADDED_BYTES = 1 << 27  # float32 bytes of one product that is added to a sum in a pass of its own
+PASS_BYTES = 1 << 27  # float32 bytes of one product that is added to a sum, or rounded, in a pass of its own
 ROW_MULTIPLE = 16  # elements: rows of logits start where the kernels can load, and cuBLAS write, 16 bytes at a time
 PROBED_SHAPE = (48, 256, 40)  # rows, inner dimension and columns of the products that are compared
 PROBE_TOLERANCE = 1e-3  # float32 sums of 256 terms are off by less than 1e-4, a float16 result by 4e-3 and more
@@ -48,6 +50,26 @@ class LMHead(NamedTuple):
         if self.operand_dtype == self.logits_dtype:
             return False
         return not keeps_accumulator(self.weight.device, self.operand_dtype, self.logits_dtype)
+
+    @property
+    def narrow_gradient(self) -> bool:
+        """Whether the GEMMs of the gradient take ``operand_dtype`` and sum in the wider ``accumulator_dtype``."""
+        return keeps_accumulator(self.weight.device, self.operand_dtype, self.accumulator_dtype)
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """The dtype in which those GEMMs take the gradient of the logits, which is rounded to it once."""
+        return self.operand_dtype if self.narrow_gradient else self.logits_dtype
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """The dtype in which grad_weight is kept from the forward to the backward pass.
+
+        bfloat16 has float32's range, and the upstream gradient is mostly 1: rounded on a device before it, grad_weight
+        takes half the memory, and GEMMs write it in one go. Follows from the tensors alone, as tracing needs it to.
+        """
+        rounded = self.weight.device.type != "cpu" and self.weight.dtype == self.operand_dtype == torch.bfloat16
+        return torch.bfloat16 if rounded else self.accumulator_dtype
 
 
 class ProjectedSide(NamedTuple):
@@ -207,18 +229,18 @@ def _weight_blocks(head: LMHead) -> Iterator[tuple[slice, Tensor]]:
 
 
 class LogitBuffer:
-    """Memory for both models' logits of one block of tokens and ids at a time, and for a narrower gradient of them.
+    """Memory for both models' logits of one block of tokens and ids at a time, and for their gradient beside them.
 
     Allocated once for all blocks. Rows start on multiples of ROW_MULTIPLE elements whatever the vocabulary.
     """
 
-    def __init__(self, student: LMHead, teacher: LMHead | None, rows: int, width: int, *, narrow: bool) -> None:
-        """``narrow``: the gradient gets memory in the dtype of the GEMMs, where that is narrower."""
-        size = rows * _row_stride(width)
-        new, device = student.weight.new_empty, student.weight.device
-        self._logits = new(size if teacher is None else 2 * size, dtype=student.logits_dtype)
-        narrow = narrow and keeps_accumulator(device, student.operand_dtype, student.logits_dtype)
-        self._gradient = new(size, dtype=student.operand_dtype) if narrow else None
+    def __init__(
+        self, student: LMHead, teacher: LMHead | None, rows: int, width: int, *, gradient_rows: int | None
+    ) -> None:
+        """``gradient_rows``: the rows of the gradient, maybe of several blocks; None where it goes over the logits."""
+        stride, new = _row_stride(width), student.weight.new_empty
+        self._logits = new((rows if teacher is None else 2 * rows) * stride, dtype=student.logits_dtype)
+        self._gradient = None if gradient_rows is None else new(gradient_rows * stride, dtype=student.gradient_dtype)
 
     def project(self, hidden: Operands, student: LMHead, teacher: LMHead | None) -> tuple[Tensor, Tensor | None]:
         """Logits [R, V] of both models."""
@@ -235,9 +257,19 @@ class LogitBuffer:
             _multiply(hidden.teacher, teacher, second)
         return _add_bias_and_scale(first, student), _add_bias_and_scale(second, teacher)
 
-    def gradient(self, logits: Tensor) -> Tensor:
-        """Where the gradient of ``logits`` [R, V] goes: over them, or beside them in the dtype of the GEMMs."""
-        return logits if self._gradient is None else _buffer_rows(self._gradient, 0, *logits.shape)
+    def gradient(self, logits: Tensor, first: int = 0) -> Tensor:
+        """Where the gradient of ``logits`` [R, V] goes: over them, or beside them into rows from ``first`` on."""
+        return logits if self._gradient is None else self.gradient_rows(first, *logits.shape)
+
+    def gradient_rows(self, first: int, rows: int, width: int) -> Tensor:
+        """Rows of the gradient that lies beside the logits."""
+        assert self._gradient is not None
+        return _buffer_rows(self._gradient, first, rows, width)
+
+    def free_logits(self) -> None:
+        """Give the memory of the logits back, unless the gradient lies there."""
+        if self._gradient is not None:
+            self._logits = self._logits.new_empty(0)
 
 
 def _row_stride(width: int) -> int:
@@ -267,52 +299,94 @@ def _add_bias_and_scale(out: Tensor, head: LMHead) -> Tensor:
     return out if head.scale == 1 else out.mul_(head.scale)
 
 
-def add_hidden_gradient(total: Tensor, grad_logits: Tensor, head: LMHead) -> None:
-    """``total`` [R, H] += grad_logits W: the gradient of hidden states, given that of hidden W^T, [R, V]."""
-    if keeps_accumulator(grad_logits.device, head.operand_dtype, total.dtype):
-        _add_product(total, grad_logits.to(head.operand_dtype), head.weight)
-        return
-    grad_logits = grad_logits.to(head.logits_dtype)
-    for ids, weight in _weight_blocks(head):
-        if total.dtype == head.logits_dtype:
-            total.addmm_(grad_logits[:, ids], weight)
-        else:
-            total.add_(torch.mm(grad_logits[:, ids], weight))
-
-
-def add_weight_gradient(total: Tensor, grad_logits: Tensor, hidden: Tensor, head: LMHead) -> None:
-    """``total`` [V, H] += grad_logits^T hidden, in float32 (float64)."""
-    hidden = hidden.to(head.operand_dtype)
-    if keeps_accumulator(hidden.device, head.operand_dtype, total.dtype):
-        _add_product(total, grad_logits.to(head.operand_dtype).t(), hidden)
+def hidden_gradient(grad_logits: Tensor, head: LMHead, out: Tensor, *, add: bool = False) -> None:
+    """``out`` [R, H] = (with ``add``, +=) grad_logits W: the gradient of hidden states, given that of hidden W^T."""
+    if not add and grad_logits.shape[1] == 0:
+        out.zero_()
+    elif head.narrow_gradient:
+        _multiply_into(out, grad_logits, head.weight, add=add)
     else:
-        total.addmm_(grad_logits.to(total.dtype).t(), hidden.to(total.dtype))
-
-
-def gradient_operand(grad_logits: Tensor, head: LMHead) -> Tensor:
-    """The gradient of logits as both GEMMs take it: rounded at most once."""
-    keeps = keeps_accumulator(grad_logits.device, head.operand_dtype, head.accumulator_dtype)
-    return grad_logits.to(head.operand_dtype) if keeps else grad_logits
+        grad_logits = grad_logits.to(head.logits_dtype)
+        for ids, weight in _weight_blocks(head):
+            if out.dtype == head.logits_dtype:
+                _multiply_into(out, grad_logits[:, ids], weight, add=add)
+            else:
+                product = torch.mm(grad_logits[:, ids], weight)
+                out.add_(product) if add else out.copy_(product)
+            add = True
 
 
 def hidden_operand(hidden: Tensor, head: LMHead) -> Tensor:
     """Hidden states, in the operands' dtype, as ``weight_gradient`` takes them: converted once for all blocks."""
-    keeps = keeps_accumulator(hidden.device, head.operand_dtype, head.accumulator_dtype)
-    return hidden if keeps else hidden.to(head.accumulator_dtype)
+    return hidden if head.narrow_gradient else hidden.to(head.accumulator_dtype)
 
 
-def weight_gradient(grad_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad_logits^T hidden, [V, H], summed and returned in ``dtype``."""
-    if hidden.dtype != dtype:  # a bfloat16 result might be summed in bfloat16
+def weight_gradient(grad_logits: Tensor, hidden: Tensor, head: LMHead, out: Tensor, *, add: bool = False) -> None:
+    """``out`` [V, H] = (with ``add``, +=) grad_logits^T hidden, summed in the dtype of accumulation and rounded once.
+
+    ``hidden`` is of ``hidden_operand``. With ``add``, ``out`` is in the dtype of accumulation.
+    """
+    dtype = head.accumulator_dtype
+    if add or out.dtype == dtype:
+        _multiply_into(out, grad_logits.to(hidden.dtype).t(), hidden, add=add)
+    elif out.dtype == hidden.dtype and sums_in_float32(out.device, out.dtype):
+        with _float32_sums():
+            torch.mm(grad_logits.t(), hidden, out=out)
+    else:
+        for ids in even_slices(out.shape[0], _pass_height(dtype, out.shape[1]), ID_MULTIPLE):
+            out[ids] = weight_product(grad_logits[:, ids], hidden, dtype)
+
+
+def weight_product(grad_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad_logits^T hidden, [V, H], summed and returned in ``dtype``, that of accumulation."""
+    if hidden.dtype != dtype:
         return torch.mm(grad_logits.t(), hidden, out_dtype=dtype)
     return torch.mm(grad_logits.t().to(dtype), hidden)
 
 
-def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
-    """``total`` (float32) += first second, of bfloat16 or float16 matrices, accumulated in float32."""
-    if _has_addmm(total.device, first.dtype):
-        torch.addmm(total, first, second, out_dtype=total.dtype, out=total)
-        return
-    height = max(1, ADDED_BYTES // (total.element_size() * total.shape[1]))
-    for rows in even_slices(total.shape[0], height, ID_MULTIPLE):
-        total[rows].add_(torch.mm(first[rows], second, out_dtype=total.dtype))
+def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GEMM of ``dtype`` in and out can be made to sum in float32, and to round only what it writes."""
+    return device.type == "cuda" and dtype == torch.bfloat16
+
+
+_SUMS_LOCK = threading.Lock()
+
+
+@contextmanager
+def _float32_sums() -> Iterator[None]:
+    """Within it cuBLAS adds the parts of a split sum in float32; by default it may add them in bfloat16.
+
+    The setting is the process's. It is read when a GEMM is launched, and no two threads change it at a time.
+    """
+    matmul = torch.backends.cuda.matmul
+    with _SUMS_LOCK:
+        splits = getattr(matmul, "allow_bf16_reduced_precision_reduction_split_k", True)
+        if not (splits and matmul.allow_bf16_reduced_precision_reduction):
+            yield
+            return
+        matmul.allow_bf16_reduced_precision_reduction = False
+        try:
+            yield
+        finally:
+            matmul.allow_bf16_reduced_precision_reduction = True
+
+
+def _multiply_into(out: Tensor, first: Tensor, second: Tensor, *, add: bool) -> None:
+    """``out`` = (with ``add``, +=) first second, of factors in its dtype or narrower ones that it accumulates."""
+    if first.dtype == out.dtype:
+        if add:
+            out.addmm_(first, second)
+        else:
+            torch.mm(first, second, out=out)
+    elif not add:
+        torch.mm(first, second, out_dtype=out.dtype, out=out)
+    elif _has_addmm(out.device, first.dtype):
+        torch.addmm(out, first, second, out_dtype=out.dtype, out=out)
+    else:
+        for rows in even_slices(out.shape[0], _pass_height(out.dtype, out.shape[1]), ID_MULTIPLE):
+            out[rows].add_(torch.mm(first[rows], second, out_dtype=out.dtype))
+
+
+def _pass_height(dtype: torch.dtype, width: int) -> int:
+    """Rows of ``PASS_BYTES``."""
+    return max(1, PASS_BYTES // (dtype.itemsize * max(width, 1)))

@@ -15,17 +15,18 @@ from caop_fast.losses.backends.masked_rows import UnmaskedRows
 from caop_fast.losses.backends.row_blocks import take
 from caop_fast.losses.batches import SavedTokens, TokenBatch, TokenGrads, TokenRows
 from caop_fast.losses.linear.chunking import (
+    NO_GRADIENT,
     ProjectionGrads,
     over_token_chunks,
     over_vocabulary_blocks,
     spread_rows,
-    unmask_sides,
     write_rows,
 )
 from caop_fast.losses.linear.config import LinearConfig, prepare, statistics_dtype
 from caop_fast.losses.linear.distributed import VocabularyShards
 from caop_fast.losses.linear.gradients import fake_gradients, finish_gradients, gradient_inputs, prepare_upstream
 from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
+from caop_fast.losses.linear.sides import unmask_sides
 from caop_fast.losses.operator import Operator
 from caop_fast.losses.options import TokenOptions
 from caop_fast.losses.outputs import TokenStatistics
@@ -120,7 +121,7 @@ def _rows(call: TokenCall) -> TokenRows:
         batch = TokenBatch(logits, take(labels, tokens), take(weights, tokens))
         write_rows(rows, tokens, backend.token_rows(batch, options))
 
-    over_token_chunks(sides, visit, config, ProjectionGrads())
+    over_token_chunks(sides, visit, config, NO_GRADIENT)
     return spread_rows(rows, unmasked)
 
 
@@ -139,9 +140,9 @@ def _run_backward(inputs: BackwardInputs) -> ProjectionGrads:
         saved = SavedTokens(saved.statistics[:, unmasked.kept], saved.entropy[unmasked.kept])
     upstream, factor = prepare_upstream(grads, student.head, backend.dtype, unmasked)
 
-    def visit(ids: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> Tensor:
+    def visit(ids: slice, logits: Tensor, teacher: Tensor | None, out: Tensor) -> None:
         batch, columns = TokenBatch(logits, labels, weights), config.layout.columns.within(ids)
-        return backend.local.token_gradient(batch, options, columns, saved, upstream, out)
+        backend.local.token_gradient(batch, options, columns, saved, upstream, out)
 
     gradients = ProjectionGrads.like(student.head, sides, config.needs_grad)
     over_vocabulary_blocks(sides, visit, config, gradients, factor)

@@ -17,7 +17,6 @@ from caop_fast.losses.backends.masked_rows import UnmaskedRows
 from caop_fast.losses.backends.resolve import get_backend
 from caop_fast.losses.backends.row_blocks import take
 from caop_fast.losses.batches import DistillationGrads, SavedTopK, TopKBatch, TopKRows
-from caop_fast.losses.linear.chunking import unmask_sides
 from caop_fast.losses.linear.config import LinearConfig, check_reduction, prepare, statistics_dtype
 from caop_fast.losses.linear.distributed import VocabularyShards
 from caop_fast.losses.linear.gradients import (
@@ -28,6 +27,7 @@ from caop_fast.losses.linear.gradients import (
     fake_with_gradients,
 )
 from caop_fast.losses.linear.lm_head import LMHead, ProjectedSide
+from caop_fast.losses.linear.sides import unmask_sides
 from caop_fast.losses.operator import Operator
 from caop_fast.losses.options import TopKOptions
 from caop_fast.losses.outputs import DistillationOutput

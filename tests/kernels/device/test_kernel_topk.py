@@ -156,7 +156,7 @@ def test_ids_and_labels_out_of_range_touch_nothing(device):
         ones = torch.ones(rows)
         caop_kernels.topk_statistics_gradient(
             logits, wrong, logprobs, wrong_labels, found.saved_statistics, found.student_entropy,
-            grad_divergence=ones, grad_logprob=ones, inplace=True,
+            grad_divergence=ones, grad_logprob=ones, out=logits,
         )  # fmt: skip
         assert logits.isnan().any(-1).tolist() == [True, True, False, True]
 
