@@ -146,7 +146,8 @@ def over_token_chunks(
             own = hidden.student
             if len(product) > 1:
                 gradient, own = buffer.gradient_rows(0, _length(tokens), vocab), sides.student_operand(tokens)
-            if product is products[-1]:  # grad_weight may take their place
+            if product is products[-1]:  # grad_weight may take the place of what is not read again
+                teacher = None
                 buffer.free_logits()
             sums.add(tokens, gradient, own, student)
             del gradient

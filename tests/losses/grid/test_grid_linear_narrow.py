@@ -20,10 +20,9 @@ from caop_fast import (
     linear_topk_distillation_loss,
 )
 from caop_fast.losses.backends.masked_rows import UnmaskedRows
-from caop_fast.losses.linear import chunking, lm_head
-from caop_fast.losses.linear.lm_head import LMHead
+from caop_fast.losses.linear import chunking
+from helpers.mixed_products import play
 
-NARROW = (torch.bfloat16, torch.float16)
 COPIES = {"aten::copy_": 1, "aten::clone": 0, "aten::empty_like": 0}  # and where what they read, or take after, stands
 
 
@@ -34,44 +33,11 @@ def mixed_products(request, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
     "once": the gradients of all tokens' logits go into one product, which rounds grad_weight itself. "summed": those of
     5 tokens at a time, in a sum that is rounded at the end, and no product adds to another.
     """
-    plain = {"mm": torch.mm, "addmm": torch.addmm}
-    seen = []
-
-    def mm(first: Tensor, second: Tensor, *, out_dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-        assert first.dtype == second.dtype
-        if out_dtype is None:
-            if out is not None and out.dtype in NARROW:  # a CPU rounds the sums on the way
-                return out.copy_(plain["mm"](first.float(), second.float()))
-            return plain["mm"](first, second, out=out)
-        seen.append(("mm", first.dtype))
-        assert out is None or out.dtype == out_dtype == torch.float32
-        return plain["mm"](first.float(), second.float(), out=out)
-
-    def addmm(total: Tensor, first: Tensor, second: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
-        assert total is out
-        assert first.dtype == second.dtype
-        assert total.dtype == out_dtype == torch.float32
-        seen.append(("addmm", first.dtype))
-        return plain["addmm"](total, first.float(), second.float(), out=out)
-
-    def keeps(device: torch.device, operand: torch.dtype, result: torch.dtype) -> bool:
-        return operand in NARROW and result == torch.float32
-
-    monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(torch, "addmm", addmm)
-
-    def kept(head: LMHead) -> torch.dtype:
-        return torch.bfloat16 if head.weight.dtype == head.operand_dtype == torch.bfloat16 else head.accumulator_dtype
-
     once = request.param == "once"
-    monkeypatch.setattr(lm_head, "_has_addmm", lambda *_: once)
-    monkeypatch.setattr(lm_head, "sums_in_float32", lambda *_: once)
-    monkeypatch.setattr(lm_head, "keeps_accumulator", keeps)
-    monkeypatch.setattr(LMHead, "kept_dtype", property(kept))
     if not once:
         for name, value in (("DEVICE_GRADIENT_BYTES", 0), ("DEVICE_SUMMED_GRADIENT_BYTES", 0), ("MIN_TOKENS", 5)):
             monkeypatch.setattr(chunking, name, value)
-    return seen
+    return play(monkeypatch, addmm=once, rounds=once)
 
 
 @pytest.fixture
