@@ -185,8 +185,8 @@ def test_blocks_on_a_device_fit_what_the_page_says():
     n, vocab = 8192, 151936
     assert 8 * n * chunking.block_ids(n, 2, one, cuda, low_memory=True) <= 192 << 20
     assert 8 * n * chunking.block_ids(n, 2, one, cuda, low_memory=False) <= 1280 << 20
-    for trained, budget in ((True, 2560), (False, 1280)):
-        chunk = chunking.chunk_tokens(vocab, 2, one, cuda, weight_gradient=trained)
+    for adds, budget in ((True, 2560), (False, 1280)):
+        chunk = chunking.chunk_tokens(vocab, 2, one, cuda, adds_weight_gradient=adds)
         assert 1000 < chunk <= (budget << 20) / (8 * vocab)
 
 
@@ -256,7 +256,7 @@ def test_the_peak_is_what_the_table_says(name, trained, monkeypatch):
     sides = 1 if name in ("topk", "tokens") else 2
     weight = 4 * vocab * h * trained
     one = torch.float32
-    chunk = chunking.chunk_tokens(vocab, sides, one, torch.device("cpu"), weight_gradient=trained)
+    chunk = chunking.chunk_tokens(vocab, sides, one, torch.device("cpu"), adds_weight_gradient=trained)
     rows = max(p.stop - p.start for p in even_slices(n, chunk, TOKEN_MULTIPLE))
     carried = 4 * n * h + (weight if name in ("balanced", "balanced-interior", "topk") else 0)
     logits = 4 * sides * rows * vocab
