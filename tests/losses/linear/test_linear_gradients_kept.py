@@ -127,10 +127,17 @@ def test_float16_below_a_loss_scale(name, monkeypatch):
 
 
 def test_an_upstream_gradient_is_not_rounded_to_bfloat16(monkeypatch):
-    """A third rounded to 8 bits would be 0.2 % too large, everywhere."""
+    """A third rounded to 8 bits would be 0.2 % too large, everywhere. CUDA rounds factors to the dtype of a result."""
     tensors = make(64)
     want = exact(balanced, tensors, 1 / 3)
     play(monkeypatch)
+    plain = torch.mul
+
+    def mul(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        assert torch.result_type(a, b) == torch.float32
+        return plain(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mul", mul)
     for got, right in zip(gradients(balanced, tensors, flow=1 / 3), want, strict=True):
         assert abs(float((got.double() * right).sum() / right.square().sum()) - 1) < 1e-3
 
@@ -200,3 +207,17 @@ def test_the_parts_of_a_split_sum_are_added_in_float32(allowed, monkeypatch):
     with pytest.raises(KeyError), lm_head._float32_sums():
         raise KeyError
     assert MATMUL.allow_bf16_reduced_precision_reduction is allowed
+
+
+@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("add", [False, True])
+def test_grad_hidden_of_a_head_that_is_widened_in_blocks(logits_dtype, add, monkeypatch):
+    """As on a CPU: whatever ``out`` holds is added to, or replaced."""
+    monkeypatch.setattr(lm_head, "WIDEN_BYTES", 4 * 16 * 70)
+    g = torch.Generator().manual_seed(0)
+    head = LMHead(torch.randn(300, 16, generator=g).bfloat16(), None, 1.0, torch.bfloat16, logits_dtype)
+    gradient = torch.randn(5, 300, generator=g).to(logits_dtype)
+    out = torch.ones(5, 16) if add else torch.full((5, 16), torch.nan)
+    lm_head.hidden_gradient(gradient, head, out, add=add)
+    want = gradient.double() @ head.weight.double() + add
+    assert (out - want).norm() <= torch.finfo(logits_dtype).eps * want.norm()
