@@ -220,4 +220,4 @@ def test_grad_hidden_of_a_head_that_is_widened_in_blocks(logits_dtype, add, monk
     out = torch.ones(5, 16) if add else torch.full((5, 16), torch.nan)
     lm_head.hidden_gradient(gradient, head, out, add=add)
     want = gradient.double() @ head.weight.double() + add
-    assert (out - want).norm() <= torch.finfo(logits_dtype).eps * want.norm()
+    assert (out - want).norm() <= 4 * torch.finfo(logits_dtype).eps * want.norm()  # sums of 300 terms
