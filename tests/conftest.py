@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -9,6 +10,13 @@ import pytest
 pytest.register_assert_rewrite("helpers")
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the workers' threads would wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET", "0") == "1" and importlib.util.find_spec("triton") is not None:
+        from helpers import gpu_arithmetic
+
+        gpu_arithmetic.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

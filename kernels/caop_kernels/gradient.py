@@ -3,25 +3,26 @@
 With u_s = z_s k - shift_s, u_t = z_t k - shift_t, k = log2(e)/T (z after the softcap), and coefficients per row, times
 the derivative of the student's softcap:
 
-    dz = 2^u_s (constant + ratio * R + log * u_s) - teacher * 2^u_t + label * [column == label]
+    dz = 2^u_s (constant + ratio * R + log * u_s) + teacher * (2^u_s - 2^(u_t + log_ratio)) + label * [column == label]
 
     R = u_s - u_t    or, for an interior beta,    R = log2 p_s - log2 m    with m = beta p_t + (1 - beta) p_s
 
 R of the mixture comes from r = u_s - u_t - log_ratio alone: the larger of p_s, p_t exceeds m by the factor
-g = 1 - share (1 - 2^-|r|), where share is the weight of the smaller one. No underflow, no division.
+g = 1 - share (1 - 2^-|r|), where share is the weight of the smaller one. No underflow, no division. Where the two sides
+are close, r decides p_s - p_t, too, as p_s (1 - 2^-r): exponentials err by 2^-22 of their value each.
 
 The shift is any number near the row's maximum in log2 units and the partition sums are part of the coefficients: were
 lse itself the shift, its rounding at large logits (5e-4 at 1e4) would scale the whole row. Coefficients of the
 distillation losses follow from the upstream gradients of divergence, log-probability, entropy and lse (nats), with z
-the sums of 2^u over the row and A the coefficients of p_s, p_s R, p_s log p_s and p_t:
+the sums of 2^u over the row and A the coefficients of p_s, p_s R, p_s log p_s and p_s - p_t:
 
-    forward KL   A_p = 1, A_t = 1          log p_s(y)   A_p = -1, label = 1
+    forward KL   A_t = 1                   log p_s(y)   A_p = -1, label = 1
     reverse KL   A_r = 1, A_p = -E_s R     H_s          A_l = -1, A_p = -H_s
     interior     (1 - beta) of the same    lse_s        A_p = 1
 
-    constant = (A_p - A_r lr - A_l ln z_s) / z_s    ratio = ln2 A_r / z_s    log = ln2 A_l / z_s    teacher = A_t / z_t
+    constant = (A_p - A_r lr - A_l ln z_s) / z_s    ratio = ln2 A_r / z_s    log = ln2 A_l / z_s    teacher = A_t / z_s
 
-(lr = ln z_s - ln z_t; for an interior beta R holds it already). All times 1/T.
+(lr = ln z_s - ln z_t, log_ratio the same in log2 units; for an interior beta R holds it already). All times 1/T.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ from caop_kernels.launch import (
     scalings,
 )
 from caop_kernels.masked_rows import live_row
-from caop_kernels.math import LN2, chain, log2_below_one
+from caop_kernels.math import LN2, NEAR_EXP2, chain, one_minus_exp2
+from caop_kernels.mixture import NearMixture, mixture_over_larger, near_mixture
 from caop_kernels.state import LOWEST
 from caop_kernels.tile import (
     IGNORE_INDEX,
@@ -94,7 +96,7 @@ class Terms(NamedTuple):
 
 @triton.jit
 def gradient_tile(
-    student, teacher, out, row, label, beta, columns, n_cols, n_out, TERMS: tl.constexpr, MASKED: tl.constexpr
+    student, teacher, out, row, label, beta, near, columns, n_cols, n_out, TERMS: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """The gradient of one tile of columns of one row, stored in the dtype of `out`."""
     v_s = load_logits(student, columns, n_cols, MASKED, TERMS.softcap_s)
@@ -104,7 +106,11 @@ def gradient_tile(
         v_t = load_logits(teacher, columns, n_cols, MASKED, TERMS.softcap_t)
         u_t = exponents(v_t, teacher.scale, row.shift_t)
     if TERMS.teacher:
-        e_t = tl.exp2(u_t)
+        u = u_t + row.log_ratio  # relative to the student's partition sum
+        r = u_s - u
+        difference = e_s - tl.exp2(u)
+        if r.dtype != tl.float64:
+            difference = tl.where(tl.abs(r) <= NEAR_EXP2, e_s * one_minus_exp2(r), difference)
     bracket = tl.zeros_like(u_s) + row.constant
     if TERMS.ratio or TERMS.log:
         u_s = tl.maximum(u_s, LOWEST)
@@ -112,15 +118,14 @@ def gradient_tile(
         r = u_s - tl.maximum(u_t, LOWEST)
         if TERMS.interior:
             r -= row.log_ratio
-            share = tl.where(r >= 0, beta, 1.0 - beta)
-            g = 1.0 - share * (1.0 - tl.exp2(-tl.abs(r)))
-            r = tl.minimum(r, 0.0) - log2_below_one(g, TERMS.fast_log2)
+            above, _ = mixture_over_larger(r, tl.abs(r), beta, near, TERMS.fast_log2)
+            r = tl.minimum(r, 0.0) - above
         bracket += row.ratio * r
     if TERMS.log:
         bracket += row.log * u_s
     gradient = e_s * bracket
     if TERMS.teacher:
-        gradient -= row.teacher * e_t
+        gradient += row.teacher * difference
     if TERMS.label:
         gradient = tl.where(columns == label, gradient + row.label, gradient)
     if TERMS.softcap_s:
@@ -147,6 +152,11 @@ def gradient_kernel(
     inverse_cap_s: tl.float64,
     inverse_cap_t: tl.float64,
     beta: tl.float64,
+    q0: tl.float32,  # of near_mixture
+    q1: tl.float32,
+    q2: tl.float32,
+    q3: tl.float32,
+    q4: tl.float32,
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
     THREADS: tl.constexpr,
@@ -178,6 +188,7 @@ def gradient_kernel(
         else:
             teacher = student  # not read
         share = tl.full((), beta, COMPUTE)
+        near = NearMixture(q0, q1, q2, q3, q4)
         field = coefficients_ptr + row
         rows = n_rows.to(tl.int64)
         coefficients = GradientRow(
@@ -192,11 +203,11 @@ def gradient_kernel(
         whole = tl.maximum(tl.minimum(n_cols - begin, stop), 0) // COLUMNS * COLUMNS
         for start in tl.range(0, whole, COLUMNS, loop_unroll_factor=UNROLL):
             gradient_tile(
-                student, teacher, out, coefficients, label, share, start + offsets, n_cols, n_out, TERMS, False
+                student, teacher, out, coefficients, label, share, near, start + offsets, n_cols, n_out, TERMS, False
             )
         for start in tl.range(whole, stop, COLUMNS):
             gradient_tile(
-                student, teacher, out, coefficients, label, share, start + offsets, n_cols, n_out, TERMS, True
+                student, teacher, out, coefficients, label, share, near, start + offsets, n_cols, n_out, TERMS, True
             )
     else:
         store_zeros(out, offsets, n_out, stop, TILE)
@@ -230,7 +241,6 @@ def coefficients_kernel(
     shift_s = tl.load(saved_statistics_ptr + rows, mask=mask, other=0.0)
     shift_t = tl.load(saved_statistics_ptr + step + rows, mask=mask, other=0.0)
     z_s = tl.load(saved_statistics_ptr + 2 * step + rows, mask=mask, other=1.0)
-    z_t = tl.load(saved_statistics_ptr + 3 * step + rows, mask=mask, other=1.0)
     lr = tl.load(saved_statistics_ptr + 4 * step + rows, mask=mask, other=0.0)
 
     zero = tl.zeros([ROWS], COMPUTE)
@@ -246,7 +256,6 @@ def coefficients_kernel(
         elif INTERIOR:
             reverse = d * (1.0 - tl.full((), beta, COMPUTE))
         if FORWARD or beta_ptr is not None:
-            a_p += forward
             a_t += forward
         if (not FORWARD) or beta_ptr is not None:
             mean_ratio = tl.load(saved_statistics_ptr + 5 * step + rows, mask=mask, other=0.0)
@@ -273,7 +282,7 @@ def coefficients_kernel(
     tl.store(out_ptr + 2 * step + rows, constant / z_s, mask=mask)
     tl.store(out_ptr + 3 * step + rows, a_r * LN2 / z_s, mask=mask)
     tl.store(out_ptr + 4 * step + rows, a_l * LN2 / z_s, mask=mask)
-    tl.store(out_ptr + 5 * step + rows, a_t / z_t, mask=mask)
+    tl.store(out_ptr + 5 * step + rows, a_t / z_s, mask=mask)
     tl.store(out_ptr + 6 * step + rows, label, mask=mask)
     tl.store(out_ptr + 7 * step + rows, lr / LN2, mask=mask)
 
@@ -419,6 +428,7 @@ def logit_gradient(
             n_out,
             **scalings(temperature, student_softcap, teacher_softcap),
             beta=0.0 if beta is None else beta,
+            **near_mixture(0.0 if beta is None else beta),
             SOFTCAP_S=student_softcap is not None,
             SOFTCAP_T=teacher_softcap is not None,
             RATIO=ratio,

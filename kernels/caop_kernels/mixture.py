@@ -11,11 +11,16 @@ difference, P = 2^max(w_s, w_t) the larger probability, P t with t = 2^-|r| the 
     log2 m = max(w_s, w_t) + log2 g      g = (1 - share) + share t = 1 - share (1 - t)
 
 No underflow and no division: m formed from probabilities would be 0, and its logarithm NaN, below log p of about -104.
-A column that both sides exclude adds 0; one that only one side excludes a finite term.
+Where the sides are close, the terms are of first order in r and add up to D, of second order: no error that is not
+relative to r itself will do. In float32 a polynomial in r, fitted for the beta at hand, takes the place of the
+exponential and the logarithm there, whose units err by 2^-22 of 1. A column that both sides exclude adds 0; one that
+only one side excludes a finite term.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,6 +51,57 @@ from caop_kernels.tuning import chosen
 MIXTURE_FIELDS = tl.constexpr(2)  # sums of p (log2 p - log2 m) under the student and under the teacher, times z_s
 
 
+# |r| up to which the polynomial serves; of its degree it is off by less than 5e-7 (4 beta (1 - beta)) at the ends.
+NEAR_MIXTURE = tl.constexpr(1.0)
+TERMS = 5
+
+
+class NearMixture(NamedTuple):
+    """log2 p_s - log2 m = r (beta + r Q(r)) for |r| <= NEAR_MIXTURE, with Q(r) = q0 + q1 r + ..."""
+
+    q0: tl.tensor
+    q1: tl.tensor
+    q2: tl.tensor
+    q3: tl.tensor
+    q4: tl.tensor
+
+
+@functools.lru_cache(maxsize=64)
+def near_mixture(beta: float) -> dict[str, float]:
+    """Q's coefficients, as arguments of kernels: interpolation in Chebyshev's nodes, of which 0 is one."""
+
+    def q(r: float) -> float:
+        if abs(r) < 1e-9:
+            return -beta * (1.0 - beta) * LN2.value / 2.0
+        return (-math.log1p(beta * math.expm1(-r * LN2.value)) / LN2.value - beta * r) / (r * r)
+
+    nodes = [NEAR_MIXTURE.value * math.cos(math.pi * (i + 0.5) / TERMS) for i in range(TERMS)]
+    values = [q(node) for node in nodes]
+    for order in range(1, TERMS):  # divided differences
+        for i in reversed(range(order, TERMS)):
+            values[i] = (values[i] - values[i - 1]) / (nodes[i] - nodes[i - order])
+    powers = [0.0] * TERMS
+    for value, node in zip(reversed(values), reversed(nodes), strict=True):  # from Newton's form to powers of r
+        powers = [value - node * powers[0], *(powers[k - 1] - node * powers[k] for k in range(1, TERMS))]
+    return {f"q{k}": coefficient for k, coefficient in enumerate(powers)}
+
+
+@triton.jit
+def mixture_over_larger(r, gap, beta, near, FAST_LOG2: tl.constexpr):
+    """(log2 of m over the larger of p_s, p_t, 2^-gap); gap = |r|."""
+    t = tl.exp2(-gap)
+    share = tl.where(r >= 0, beta, 1.0 - beta)
+    above = log2_below_one(1.0 - share * (1.0 - t), FAST_LOG2)
+    if r.dtype != tl.float64:
+        q = near.q4 * r + near.q3
+        q = q * r + near.q2
+        q = q * r + near.q1
+        q = q * r + near.q0
+        # Where p_t is the larger, log2 p_t = log2 p_s - r, and beta r - r = (1 - beta) gap.
+        above = tl.where(gap <= NEAR_MIXTURE, -gap * (share + gap * q), above)
+    return above, t
+
+
 class MixtureRow(NamedTuple):
     """What a row needs to form its mixture, COMPUTE."""
 
@@ -53,6 +109,7 @@ class MixtureRow(NamedTuple):
     m_t: tl.tensor
     log_ratio: tl.tensor  # log2(z_s / z_t)
     beta: tl.tensor
+    near: NearMixture
 
 
 @triton.jit
@@ -70,14 +127,12 @@ def accumulate_mixture(
     r = w_s - w_t
     gap = tl.abs(r)
     larger = tl.exp2(tl.maximum(w_s, w_t))
-    t = tl.exp2(-gap)
-    share = tl.where(r >= 0, mixture.beta, 1.0 - mixture.beta)
-    below = -log2_below_one(1.0 - share * (1.0 - t), FAST_LOG2)  # log2 of (larger probability) / m
-    of_larger = larger * below
-    of_smaller = larger * t * (below - gap)
+    above, t = mixture_over_larger(r, gap, mixture.beta, mixture.near, FAST_LOG2)
+    of_larger = larger * above
+    of_smaller = larger * t * (above + gap)
     to_s = tl.where(r >= 0, of_larger, of_smaller)
     to_t = tl.where(r >= 0, of_smaller, of_larger)
-    return sum_s + thread_sum(by_thread(to_s, TILE)), sum_t + thread_sum(by_thread(to_t, TILE))
+    return sum_s - thread_sum(by_thread(to_s, TILE)), sum_t - thread_sum(by_thread(to_t, TILE))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -96,6 +151,11 @@ def mixture_kernel(
     inverse_cap_s: tl.float64,
     inverse_cap_t: tl.float64,
     beta: tl.float64,
+    q0: tl.float32,  # of near_mixture
+    q1: tl.float32,
+    q2: tl.float32,
+    q3: tl.float32,
+    q4: tl.float32,
     CHUNK: tl.constexpr,
     GROUPS: tl.constexpr,
     THREADS: tl.constexpr,
@@ -121,6 +181,7 @@ def mixture_kernel(
             tl.load(saved_statistics_ptr + rows + row),
             tl.load(saved_statistics_ptr + 4 * rows + row) / LN2,
             tl.full((), beta, COMPUTE),
+            NearMixture(q0, q1, q2, q3, q4),
         )
         sum_s = tl.zeros([THREADS], COMPUTE)
         sum_t = sum_s
@@ -261,6 +322,7 @@ def mixture_sums(
             n_cols,
             **scalings(temperature, student_softcap, teacher_softcap),
             beta=beta,
+            **near_mixture(beta),
             SOFTCAP_S=student_softcap is not None,
             SOFTCAP_T=teacher_softcap is not None,
             FAST_LOG2=fast_log2(backend, double),

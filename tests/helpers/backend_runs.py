@@ -90,9 +90,7 @@ def everything() -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    from triton.runtime.interpreter import InterpreterBuilder
+    from helpers import gpu_arithmetic
 
-    from helpers.interpreter_rounding import create_fma
-
-    InterpreterBuilder.create_fma = create_fma
+    gpu_arithmetic.install()
     print(json.dumps(everything()))

@@ -26,6 +26,7 @@ from caop_fast import (
     linear_topk_distillation_loss,
 )
 from caop_fast.losses.linear import chunking
+from helpers import gpu_arithmetic
 from helpers.ranks import report
 from helpers.sharded_cases import (
     DISTILLATION,
@@ -276,4 +277,6 @@ def _variant(way: str) -> Any:
 
 
 if __name__ == "__main__":
+    if INTERPRETED:
+        gpu_arithmetic.install()
     report(cases)

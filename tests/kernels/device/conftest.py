@@ -36,27 +36,3 @@ def device() -> torch.device:
     if reason is not None:
         pytest.skip(reason)
     return torch.device("cpu" if INTERPRETED else "cuda")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def nearest_bfloat16() -> None:
-    """Store bfloat16 rounded to the nearest, as GPUs do; the interpreter cuts."""
-    if not INTERPRETED or _reason_to_skip() is not None:
-        return
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    from helpers.interpreter_rounding import nearest_bfloat16
-
-    InterpreterBuilder.cast_impl = nearest_bfloat16(InterpreterBuilder.cast_impl)
-
-
-@pytest.fixture
-def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Round a multiply-add once, as GPUs do; the interpreter rounds the product first, which shows at logits of 1e4."""
-    if not INTERPRETED:
-        return
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    from helpers.interpreter_rounding import create_fma
-
-    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)

@@ -28,7 +28,6 @@ def test_blocks_of_float64(device, beta):
     check_blocks(TRITON, beta, CUTS[0], device, dtype=torch.float64)
 
 
-@pytest.mark.usefixtures("fused_multiply_add")
 @pytest.mark.parametrize("beta", [0.3, "rows"])
 def test_logits_around_1e4(device, beta):
     check_blocks(TRITON, beta, CUTS[1], device, offset=1e4)

@@ -224,7 +224,6 @@ def test_offsets_beyond_two_to_the_31(device, inplace, beta):
         assert got.data_ptr() == student.data_ptr()
 
 
-@pytest.mark.usefixtures("fused_multiply_add")
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_common_offset_of_1e4_costs_no_digits(device, beta):
     student, teacher = logits("near", 3, 1031, torch.float32, device)

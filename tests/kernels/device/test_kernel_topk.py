@@ -16,8 +16,6 @@ from helpers.topk_cases import *  # noqa: F403
 from helpers.topk_edge_cases import *  # noqa: F403
 from helpers.topk_oracle import NAMES, make, oracle
 
-pytestmark = pytest.mark.usefixtures("fused_multiply_add")
-
 
 @pytest.fixture
 def thorough(device):

@@ -36,27 +36,3 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if torch.cuda.is_available():
             places += [Place("torch", gpu), Place("triton", gpu)]
     metafunc.parametrize("place", places, ids=str)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def nearest_bfloat16() -> None:
-    """Store bfloat16 rounded to the nearest, as GPUs do; the interpreter cuts."""
-    if not INTERPRETED:
-        return
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    from helpers.interpreter_rounding import nearest_bfloat16
-
-    InterpreterBuilder.cast_impl = nearest_bfloat16(InterpreterBuilder.cast_impl)
-
-
-@pytest.fixture
-def fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Round a multiply-add once, as GPUs do; the interpreter rounds the product first, which shows at large logits."""
-    if not INTERPRETED:
-        return
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    from helpers.interpreter_rounding import create_fma
-
-    monkeypatch.setattr(InterpreterBuilder, "create_fma", create_fma)

@@ -14,7 +14,6 @@ from helpers.grid_cases import DTYPES
 from helpers.oracle import pairwise, statistics
 from helpers.row_oracle import logits
 
-pytestmark = pytest.mark.usefixtures("fused_multiply_add")
 ROWS = 64
 COVER = [
     tuple(c.values()) for c in pairwise(dtype=list(DTYPES), kind=["normal", "peaked", "near"], beta=[0.0, 0.5, 1.0])
