@@ -87,12 +87,22 @@ def exp_excess(x):
 
 
 @triton.jit
+def power_of_two(n):
+    """2^n of whole numbers n <= 127, put together from its bits; 0 where that is subnormal. `exp2` is off by 2^-22."""
+    if n.dtype == tl.float64:
+        bits = (tl.maximum(n, -1023.0).to(tl.int64) + 1023) << 52
+    else:
+        bits = (tl.maximum(n, -127.0).to(tl.int32) + 127) << 23
+    return bits.to(n.dtype, bitcast=True)
+
+
+@triton.jit
 def reduced_exp(x):
     """(2^n, e^f - 1) with x = n ln 2 + f and |f| <= ln 2 / 2, each to about an ulp for x <= 88."""
     x = tl.where(x < -1000.0, -1000.0, x)  # e^x is 0; NaN stays
     n = tl.floor(x * LOG2E + 0.5)
     f = (x - n * LN2_HIGH) - n * LN2_LOW
-    return tl.exp2(n), f + excess_series(-f)
+    return power_of_two(n), f + excess_series(-f)
 
 
 @triton.jit
