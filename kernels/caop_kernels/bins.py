@@ -27,7 +27,7 @@ import triton.language as tl
 
 from caop_kernels.backend import require
 from caop_kernels.checks import assert_fields, assert_rows, contiguous
-from caop_kernels.launch import compute_type, current_device
+from caop_kernels.launch import compiled_with, compute_type, current_device
 
 RUN = 2048  # rows per program: a thousand rows are one program, a million are 489
 BIN_FIELDS = 3  # count, sum of confidence, sum of correct
@@ -222,7 +222,7 @@ def tile(n_bins: int, *, whole: bool) -> dict[str, int]:
 def add_runs(partial: torch.Tensor, width: int) -> torch.Tensor:
     """[width] sums over the runs."""
     out = partial.new_empty(width)
-    add_runs_kernel[(triton.cdiv(width, 64),)](partial, out, partial.shape[0], width, BLOCK=64, num_warps=2)
+    add_runs_kernel[(triton.cdiv(width, 64),)](partial, out, partial.shape[0], width, BLOCK=64, **compiled_with(2))
     return out
 
 
@@ -257,7 +257,7 @@ def bin_sums(confidence: torch.Tensor, correct: torch.Tensor, edges: torch.Tenso
                 RUN=RUN,
                 FIELDS=BIN_FIELDS,
                 **shape,
-                num_warps=4,
+                **compiled_with(4),
             )
         sums = add_runs(partial, BIN_FIELDS * n_bins)
     counts, confidences, corrects = sums.view(BIN_FIELDS, n_bins)
@@ -306,9 +306,11 @@ def soft_calibration(
                 RUN=RUN,
                 COMPUTE=compute_type(dtype),
                 **shape,
-                num_warps=4,
+                **compiled_with(4),
             )
-        soft_error_kernel[(1,)](add_runs(partial, n_bins + 1), error, signs, n_bins, BINS=shape["BINS"], num_warps=1)
+        soft_error_kernel[(1,)](
+            add_runs(partial, n_bins + 1), error, signs, n_bins, BINS=shape["BINS"], **compiled_with(1)
+        )
     return SoftCalibration(error, signs)
 
 
@@ -344,6 +346,6 @@ def soft_calibration_gradient(
             inverse_temperature=1.0 / temperature,
             COMPUTE=compute_type(signs.dtype),
             **shape,
-            num_warps=4,
+            **compiled_with(4),
         )
     return out

@@ -18,6 +18,7 @@ from caop_kernels.launch import (
     CHUNK,
     RowLaunch,
     backend_of,
+    compiled_with,
     compute_type,
     current_device,
     is_aligned,
@@ -198,8 +199,7 @@ def chunk_states(
             FIELDS=CHUNK_STATE_FIELDS,
             **config.constants(),
             **flags,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **compiled_with(config.num_warps, config.num_stages),
         )
 
     flags = statistics_flags(asked)

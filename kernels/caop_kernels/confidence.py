@@ -37,9 +37,17 @@ import triton.language as tl
 from caop_kernels.backend import require
 from caop_kernels.checks import assert_rows, contiguous, shared_columns
 from caop_kernels.constants import CONFIDENCE_KINDS, CONFIDENCE_SAVED_FIELDS
-from caop_kernels.launch import backend_of, compute_type, current_device, is_aligned, scaling, statistics_launch
+from caop_kernels.launch import (
+    backend_of,
+    compiled_with,
+    compute_type,
+    current_device,
+    is_aligned,
+    scaling,
+    statistics_launch,
+)
 from caop_kernels.masked_rows import live_row
-from caop_kernels.math import LN2, chain, clip, expm1
+from caop_kernels.math import LN2, chain, clip, expm1, log1p
 from caop_kernels.state import FLOOR
 from caop_kernels.tile import (
     Tile,
@@ -80,14 +88,18 @@ def restrict(v, z, real, scale, natural):
 
     NaN throughout when no candidate is possible, one is NaN, or z is no sum of probabilities (0 or NaN). Where the
     largest candidate is the row's maximum (v = 0) the exponentials are, to the bit, those that went into z: near P = 1
-    the quotient of the sums keeps digits that a difference of logarithms, or other exponentials, would lose.
+    the difference of the sums keeps digits that one of logarithms, or other exponentials, would lose, and so would the
+    quotient of the sums, which GPUs divide to 2 ulp.
     """
     v = tl.where(real, tl.where(z > 0, v, float("nan")), float("-inf"))
     top = tl.max(v, axis=0)
     below = v - top
     e = tl.exp2(below * scale)
     total = tl.sum(e, axis=0)
-    return below * natural - tl.log(total), e / total, top * natural + tl.log(total / z)
+    outside = (total - z) / z
+    near = tl.abs(outside) <= 0.5
+    log_quotient = tl.where(near, log1p(tl.where(near, outside, 0.0)), tl.log(total / z))
+    return below * natural - tl.log(total), e / total, top * natural + log_quotient
 
 
 @triton.jit
@@ -335,8 +347,7 @@ def confidence_scores(
             UNROLL=config.unroll,
             SOFTCAP=softcap is not None,
             COMPUTE=compute_type(dtype),
-            num_warps=config.num_warps if with_ids else candidate_warps(candidates),
-            num_stages=config.num_stages,
+            **compiled_with(config.num_warps if with_ids else candidate_warps(candidates), config.num_stages),
         )
     return scores
 

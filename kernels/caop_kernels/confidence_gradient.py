@@ -24,7 +24,16 @@ from caop_kernels.confidence import (
     score_slopes,
 )
 from caop_kernels.constants import CONFIDENCE_SAVED_FIELDS
-from caop_kernels.launch import CHUNK, backend_of, compute_type, current_device, gradient_launch, is_aligned, scaling
+from caop_kernels.launch import (
+    CHUNK,
+    backend_of,
+    compiled_with,
+    compute_type,
+    current_device,
+    gradient_launch,
+    is_aligned,
+    scaling,
+)
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2, chain, expm1
 from caop_kernels.tile import Tile, load_logits, row_logits, store_gradient, store_zeros, tile_columns
@@ -259,8 +268,7 @@ def confidence_scores_gradient(
                 SOFTCAP=softcap is not None,
                 COMPUTE=compute_type(dtype),
                 **config.constants(),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **compiled_with(config.num_warps, config.num_stages),
             )
         candidate_gradient_kernel[(n_rows,)](
             source,
@@ -285,6 +293,6 @@ def confidence_scores_gradient(
             CANDIDATES=candidates,
             SOFTCAP=softcap is not None,
             COMPUTE=compute_type(dtype),
-            num_warps=candidate_warps(candidates),
+            **compiled_with(candidate_warps(candidates)),
         )
     return out

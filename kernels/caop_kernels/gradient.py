@@ -40,6 +40,7 @@ from caop_kernels.launch import (
     MERGE_ROWS,
     RowLaunch,
     backend_of,
+    compiled_with,
     compute_type,
     current_device,
     fast_log2,
@@ -349,7 +350,7 @@ def distillation_coefficients(
             FORWARD=beta_per_row is None and beta == 0,
             INTERIOR=0 < beta < 1,
             COMPUTE=compute_type(saved_statistics.dtype),
-            num_warps=merge_warps(backend_of(saved_statistics.device)),
+            **compiled_with(merge_warps(backend_of(saved_statistics.device))),
         )
     return out
 
@@ -439,8 +440,7 @@ def logit_gradient(
             FAST_LOG2=fast_log2(backend, double),
             COMPUTE=compute_type(coefficients.dtype),
             **config.constants(),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **compiled_with(config.num_warps, config.num_stages),
         )
 
     def rehearse(config: RowLaunch) -> None:  # never over the logits

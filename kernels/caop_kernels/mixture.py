@@ -34,6 +34,7 @@ from caop_kernels.launch import (
     MERGE_ROWS,
     RowLaunch,
     backend_of,
+    compiled_with,
     compute_type,
     current_device,
     fast_log2,
@@ -328,8 +329,7 @@ def mixture_sums(
             FAST_LOG2=fast_log2(backend, double),
             COMPUTE=compute_type(dtype),
             **config.constants(),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **compiled_with(config.num_warps, config.num_stages),
         )
 
     key = ("mixture", n_cols, student_logits.dtype, teacher_logits.dtype, student_softcap, teacher_softcap)
@@ -360,6 +360,6 @@ def finish_mixture(
             beta=beta,
             ROWS=MERGE_ROWS,
             COMPUTE=compute_type(saved_statistics.dtype),
-            num_warps=merge_warps(backend_of(saved_statistics.device)),
+            **compiled_with(merge_warps(backend_of(saved_statistics.device))),
         )
     return divergence

@@ -32,7 +32,15 @@ from caop_kernels.backend import require
 from caop_kernels.checks import assert_labels, assert_rows, contiguous, shared_columns
 from caop_kernels.chunk_state import chunk_states
 from caop_kernels.constants import SAVED_FIELDS, STATISTICS, STUDENT_STATISTICS
-from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps, scalings
+from caop_kernels.launch import (
+    MERGE_ROWS,
+    backend_of,
+    compiled_with,
+    compute_type,
+    current_device,
+    merge_warps,
+    scalings,
+)
 from caop_kernels.masked_rows import live_rows, store_live
 from caop_kernels.math import LN2, log1p
 from caop_kernels.state import ABSENT, CHUNK_STATE_FIELDS, LABEL_FIELD, empty_state, load_state, merge
@@ -279,6 +287,6 @@ def row_statistics(
             REVERSE="reverse_kl" in sums,
             COMPUTE=compute_type(dtype),
             FIELDS=CHUNK_STATE_FIELDS,
-            num_warps=merge_warps(backend_of(student_logits.device)),
+            **compiled_with(merge_warps(backend_of(student_logits.device))),
         )
     return RowStatistics(**outputs)

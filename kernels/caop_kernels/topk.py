@@ -22,7 +22,7 @@ from caop_kernels.backend import require
 from caop_kernels.checks import assert_labels, assert_rows, contiguous, shared_columns
 from caop_kernels.constants import MAX_LISTED, TAILS, TOPK_SAVED_FIELDS
 from caop_kernels.gradient import split_beta
-from caop_kernels.launch import backend_of, compute_type, current_device, scaling
+from caop_kernels.launch import backend_of, compiled_with, compute_type, current_device, scaling
 from caop_kernels.listed_ids import sort_ids
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2
@@ -322,6 +322,6 @@ def topk_statistics(
             COMPUTE=compute_type(dtype),
             FIELDS=TAIL_FIELDS,
             **listed,
-            num_warps=finish_warps(backend, k),
+            **compiled_with(finish_warps(backend, k)),
         )
     return found

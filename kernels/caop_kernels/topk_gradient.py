@@ -22,7 +22,7 @@ import triton.language as tl
 from caop_kernels.checks import assert_fields, assert_labels, assert_logits, assert_rows, contiguous
 from caop_kernels.constants import TOPK_SAVED_FIELDS
 from caop_kernels.gradient import COEFFICIENT_FIELDS, logit_gradient
-from caop_kernels.launch import backend_of, compute_type, current_device
+from caop_kernels.launch import backend_of, compiled_with, compute_type, current_device
 from caop_kernels.masked_rows import live_row
 from caop_kernels.math import LN2, chain
 from caop_kernels.tile import IGNORE_INDEX, exponents, narrow, row_logits
@@ -213,7 +213,7 @@ def topk_statistics_gradient(
                 K_BLOCK=lanes(k),
                 COMPUTE=compute_type(saved_statistics.dtype),
                 **listed_arguments(tail, beta, temperature, student_softcap, logprobs),
-                num_warps=finish_warps(backend, k),
+                **compiled_with(finish_warps(backend, k)),
             )
     out = logit_gradient(
         student_logits, None, coefficients, labels=labels, weights=weights, temperature=temperature,
@@ -224,6 +224,6 @@ def topk_statistics_gradient(
         with current_device(student_logits.device):
             scatter_kernel[(n_rows,)](
                 values, ids, weights, out, out.stride(0), k, n_cols, K_BLOCK=lanes(k),
-                num_warps=finish_warps(backend, k),
+                **compiled_with(finish_warps(backend, k)),
             )  # fmt: skip
     return out

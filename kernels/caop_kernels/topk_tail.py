@@ -17,7 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
-from caop_kernels.launch import CHUNK, backend_of, compute_type, current_device, is_aligned, tail_launch
+from caop_kernels.launch import (
+    CHUNK,
+    backend_of,
+    compiled_with,
+    compute_type,
+    current_device,
+    is_aligned,
+    tail_launch,
+)
 from caop_kernels.masked_rows import live_row
 from caop_kernels.state import EXCLUDED, FLOOR
 from caop_kernels.tile import Tile, by_thread, exponents, load_logits, row_logits, thread_max, thread_sum, tile_columns
@@ -176,7 +184,6 @@ def tail_states(
             COMPUTE=compute_type(dtype),
             FIELDS=TAIL_FIELDS,
             **config.constants(),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **compiled_with(config.num_warps, config.num_stages),
         )
     return states

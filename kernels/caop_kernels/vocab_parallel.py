@@ -17,7 +17,15 @@ from caop_kernels.backend import require
 from caop_kernels.checks import assert_fields, assert_labels, contiguous, shared_columns
 from caop_kernels.chunk_state import chunk_states
 from caop_kernels.constants import SAVED_FIELDS, STATE_FIELDS, STATISTICS
-from caop_kernels.launch import MERGE_ROWS, backend_of, compute_type, current_device, merge_warps, scalings
+from caop_kernels.launch import (
+    MERGE_ROWS,
+    backend_of,
+    compiled_with,
+    compute_type,
+    current_device,
+    merge_warps,
+    scalings,
+)
 from caop_kernels.row_stats import RowStatistics, finish_kernel
 from caop_kernels.state import ABSENT, LABEL_FIELD, empty_state, load_state, merge, store_state
 from caop_kernels.tile import exponents, gather_logits, row_logits
@@ -121,7 +129,7 @@ def _merge(
             SOFTCAP_T=teacher_softcap is not None,
             COMPUTE=compute_type(states.dtype),
             FIELDS=fields,
-            num_warps=merge_warps(backend_of(states.device)),
+            **compiled_with(merge_warps(backend_of(states.device))),
         )
     return out
 
@@ -204,6 +212,6 @@ def finish_state(state: torch.Tensor, labels: torch.Tensor | None = None) -> Row
             REVERSE=True,
             COMPUTE=compute_type(state.dtype),
             FIELDS=STATE_FIELDS,
-            num_warps=merge_warps(backend_of(state.device)),
+            **compiled_with(merge_warps(backend_of(state.device))),
         )
     return RowStatistics(**outputs)

@@ -82,6 +82,35 @@ SIGNS: dict[str, Callable[[np.ndarray], Any]] = {
 
 
 @contextmanager
+def contracted() -> Iterator[None]:
+    """a * b + c and a * b - c rounded once wherever kernels add to a product itself, as floating-point fusion allows.
+
+    Without this the interpreter computes as GPUs do with fusion off. (Compilers need not contract what they may.)
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def multiply(builder: Any, x: Any, y: Any) -> Any:
+        product = builder.binary_op(x, y, np.multiply)
+        product.factors = (x.data, y.data)
+        return product
+
+    def add(builder: Any, x: Any, y: Any, sign: float = 1.0) -> Any:
+        for product, factor, addend in ((x, 1.0, y.data * sign), (y, sign, x.data)):
+            if hasattr(product, "factors") and addend.dtype == np.float32:
+                a, b = product.factors
+                return TensorHandle(fused(*np.broadcast_arrays(a * np.float32(factor), b, addend)), x.dtype.scalar)
+        return builder.binary_op(x, y, np.add if sign > 0 else np.subtract)
+
+    made = {
+        "create_fmul": multiply,
+        "create_fadd": add,
+        "create_fsub": lambda builder, x, y: add(builder, x, y, np.float32(-1.0)),
+    }
+    with patch.multiple(InterpreterBuilder, **made):
+        yield
+
+
+@contextmanager
 def approximations(exp2: str, log2: str) -> Iterator[None]:
     """Approximate instructions at their bounds, with the signs that two of ``SIGNS`` give; kernels launched inside take
     the way they take on an NVIDIA GPU. float64 is left as it is."""

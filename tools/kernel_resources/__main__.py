@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", default="", help="only variants whose name contains this")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only variants of these names")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--no-fp-fusion", action="store_true", help="as if floating-point fusion were off")
     options = parser.parse_args(arguments)
 
     chosen = {variant.name: variant for variant in variants() if options.variant in variant.name}
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown := set(options.variants) - set(chosen):
             parser.error(f"no variant is called {', '.join(sorted(unknown))}")
         chosen = {name: chosen[name] for name in options.variants}
-    table = survey(list(chosen), options.target)
+    table = survey(list(chosen), options.target, fp_fusion=not options.no_fp_fusion)
     if options.json:
         import triton
 
