@@ -58,7 +58,6 @@ def magnitudes(dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, "at the bounds"])
-@pytest.mark.usefixtures("fused_multiply_add")
 def test_tanh_has_small_relative_errors_everywhere(device, monkeypatch, dtype):
     """As a multiple of 2^-24 or 2^-53, half an ulp: PyTorch's own is 1 on a CPU, 4 on a GPU (CUDA's bound)."""
     emulated = dtype == "at the bounds"
@@ -100,7 +99,6 @@ def plain(student, teacher, beta, cap):
 
 @pytest.mark.parametrize("spread", [4.0, 20.0, 80.0])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-@pytest.mark.usefixtures("fused_multiply_add")
 def test_softcapped_errors_are_those_of_plain_pytorch(device, monkeypatch, beta, spread):
     """RMS error of values and gradients at most 1.2 times plain PyTorch's plus an ulp, from small to saturated logits
     of a cap of 30, with the inverse root at its bound."""
