@@ -57,7 +57,8 @@ def run(options: argparse.Namespace, **environment: str) -> list[dict[str, Any]]
             journal.FOLDER: folder, journal.OVERLOOK: ",".join(options.overlook), "PYTHONOPTIMIZE": "1",
             "PYTEST_ADDOPTS": options_of_pytest, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }  # fmt: skip
-        code = subprocess.run([sys.executable, *options.arguments], env=os.environ | environment).returncode
+        inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        code = subprocess.run([sys.executable, *options.arguments], env=inherited | environment).returncode
         found = list(journal.read(Path(folder)))
     ended = [line for line in found if "ended" in line]
     print(f"exit code {code}; {len(ended)} tests ended early, so what they launch later is not known")

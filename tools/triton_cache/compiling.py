@@ -39,7 +39,7 @@ def identity() -> dict[str, str]:
 
 def compile_variants(variants: Sequence[Variant], cache: Path, processes: int) -> Iterator[tuple[Variant, str, float]]:
     """Compile into ``cache`` what it lacks: each variant with "found", "compiled" or an error, and its CPU seconds."""
-    os.environ["TRITON_CACHE_DIR"] = str(cache)  # read when Triton is imported
+    os.environ |= {"TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}  # read when Triton is imported
     with tempfile.TemporaryDirectory() as folder:
         if processes == 1:
             prepare(folder)

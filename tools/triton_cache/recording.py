@@ -24,6 +24,7 @@ from collections.abc import Callable, Generator
 from inspect import isfunction
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy.testing
 import pytest
@@ -120,26 +121,35 @@ METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros to
 PRODUCTS = "addmm bmm mm"
 
 
-def on_cpu(function: Callable[..., Any], *, empty: bool, multiplies: bool) -> Callable[..., Any]:
-    """``function`` with the CPU for CUDA among its arguments.
+def on_cpu(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """``function`` with the CPU for CUDA among its arguments. Products with ``out_dtype`` are emulated.
 
-    ``empty``: its result is set to 0. ``multiplies``: takes ``out_dtype``, which is emulated.
+    Nobody knows any more where a tensor that is moved comes from. One whose address or gaps could show in a key is
+    taken to come from the CPU, and copied: the kernels get what the GPU's allocator would give them.
     """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tuple(map(to_cpu, args)), {name: to_cpu(value) for name, value in kwargs.items()}
-        if multiplies and kwargs.get("out_dtype") is not None:
+        if name in PRODUCTS.split() and kwargs.get("out_dtype") is not None:
             return product(*args, **kwargs)
-        made = function(*args, **kwargs)
-        return made.zero_() if empty and made.device.type == GPU.type else made
+        made = function(*map(to_cpu, args), **{key: to_cpu(value) for key, value in kwargs.items()})
+        if "empty" in name and made.device.type == GPU.type:
+            return made.zero_()
+        if name == "to" and made is args[0] and any(map(is_gpu, (*args[1:], *kwargs.values()))):
+            compact = made.data_ptr() % 16 == 0 and torch.ops.aten.is_non_overlapping_and_dense(made)
+            return made if compact else made.clone()
+        return made
 
     return wrapped
 
 
+def is_gpu(value: Any) -> bool:
+    """Whether an argument says CUDA."""
+    return isinstance(value, str | torch.device) and str(value).partition(":")[0] == GPU.type
+
+
 def to_cpu(value: Any) -> Any:
-    cuda = isinstance(value, str | torch.device) and str(value).partition(":")[0] == GPU.type
-    return torch.device("cpu") if cuda else value
+    return torch.device("cpu") if is_gpu(value) else value
 
 
 def product(*operands: Any, out_dtype: torch.dtype, out: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
@@ -151,33 +161,6 @@ def product(*operands: Any, out_dtype: torch.dtype, out: torch.Tensor | None = N
     else:
         found = torch.zeros(*first.shape[:-1], second.shape[-1], dtype=out_dtype)
     return found if out is None else out.copy_(found)
-
-
-class Handle:
-    """A CUDA event, stream or device context, none of which does anything."""
-
-    cuda_stream = 0
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def elapsed_time(self, end: Handle) -> float:
-        return 1.0
-
-    def query(self) -> bool:
-        return True
-
-    def record(self, stream: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def wait(self, stream: Any = None) -> None: ...
-
-    wait_stream = wait_event = wait
 
 
 class CPUGenerator(torch.Generator):
@@ -195,6 +178,8 @@ def stand_in() -> None:
 
     def nothing(*_: Any, **__: Any) -> None: ...
 
+    handle = mock.MagicMock(cuda_stream=0)  # an event, a stream, or a context
+    handle.elapsed_time.return_value = 1.0
     properties = SimpleNamespace(
         name="NVIDIA H100 (recording)", major=9, minor=0, multi_processor_count=132, total_memory=MEMORY,
         L2_cache_size=50 << 20, uuid=None, warp_size=32,
@@ -209,7 +194,7 @@ def stand_in() -> None:
     for name, value in constants.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     for name in ("Event", "Stream", "device", "current_stream", "default_stream", "stream"):
-        setattr(torch.cuda, name, Handle)
+        setattr(torch.cuda, name, lambda *_, **__: handle)
     torch.Tensor.device = property(device)  # type: ignore[assignment]
     torch.Tensor.is_cuda = property(lambda tensor: tensor.device.type == GPU.type)  # type: ignore[assignment]
     torch.Tensor.get_device = lambda self: 0  # type: ignore[method-assign]
@@ -221,8 +206,9 @@ def stand_in() -> None:
     for owner, names in ((torch, FACTORIES), (torch, PRODUCTS), (torch.Tensor, METHODS)):
         for name in names.split():
             known: Any = getattr(owner, name)
-            setattr(owner, name, on_cpu(known, empty="empty" in name, multiplies=names is PRODUCTS))
-    for name in ("cuda", "pin_memory", "record_stream"):
+            setattr(owner, name, on_cpu(known, name))
+    torch.Tensor.cuda = lambda self, *_, **__: self.to(GPU)  # type: ignore[method-assign]
+    for name in ("pin_memory", "record_stream"):
         setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor)
 
 
