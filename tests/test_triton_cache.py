@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.triton_cache import packing
+from tools.triton_cache import pack
 
 ROOT = Path(__file__).parents[1]
 ASKS = """
@@ -91,12 +91,12 @@ def test_what_was_recorded_and_packed_is_found_by_the_jit(run, tmp_path):
 
     code, said = run("compile", recording, "--cache", tmp_path / "compiled", "--processes", "1")
     assert code == 0, said
-    packing.pack(tmp_path / "compiled", packed)
+    pack.pack(tmp_path / "compiled", packed)
     (tmp_path / "compiled").rename(tmp_path / "gone")
-    manifest = packing.unpack(packed, tmp_path / "elsewhere")
+    manifest = pack.unpack(packed, tmp_path / "elsewhere")
     assert manifest["variants"] == len(variants)
-    assert not packing.foreign(manifest)
-    assert packing.foreign({**manifest, "compiler": "another"}).keys() == {"compiler"}
+    assert not pack.foreign(manifest)
+    assert pack.foreign({**manifest, "compiler": "another"}).keys() == {"compiler"}
     left = {path.suffix for path in (tmp_path / "elsewhere").rglob("*.*")}
     assert left <= {".cubin", ".json", ".so"}
 
@@ -115,5 +115,5 @@ def test_files_outside_the_cache_are_refused(tmp_path, name):
             member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(member, io.BytesIO(b"{}"))
     with pytest.raises(ValueError, match=re.escape("no file of a Triton cache")):
-        packing.unpack(tmp_path / "pack.tar.xz", tmp_path / "inside" / "cache")
+        pack.unpack(tmp_path / "pack.tar.xz", tmp_path / "inside" / "cache")
     assert {path.name for path in tmp_path.rglob("*")} == {"pack.tar.xz"}

@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tools.triton_cache import compiling, journal, packing
+from tools.triton_cache import compiling, journal
+from tools.triton_cache.pack import foreign, pack, unpack
 
 ROOT = Path(__file__).parents[2]
 SHOWN = 10  # tests or errors that are printed
@@ -101,21 +102,21 @@ def compile_(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def pack(options: argparse.Namespace) -> int:
-    manifest = packing.pack(options.cache, options.file)
+def pack_(options: argparse.Namespace) -> int:
+    manifest = pack(options.cache, options.file)
     print(json.dumps(manifest, indent=1), f"{options.file}: {options.file.stat().st_size} bytes", sep="\n")
     return 0
 
 
-def unpack(options: argparse.Namespace) -> int:
-    manifest = packing.unpack(options.file, options.cache)
+def unpack_(options: argparse.Namespace) -> int:
+    manifest = unpack(options.file, options.cache)
     print(f"{manifest['variants']} variants of commit {manifest['commit']}, {manifest['date']}, in {options.cache}")
-    for name, (theirs, ours) in packing.foreign(manifest).items():
+    for name, (theirs, ours) in foreign(manifest).items():
         print(f"no use here, all will be compiled: {name} is {ours}, it was compiled with {theirs}")
     return 0
 
 
-VERBS = {"record": record, "check": check, "compile": compile_, "pack": pack, "unpack": unpack}
+VERBS = {"record": record, "check": check, "compile": compile_, "pack": pack_, "unpack": unpack_}
 
 if __name__ == "__main__":
     sys.exit(main())
