@@ -55,8 +55,19 @@ def test_a_kernel_of_the_test():
     if x[0] != 129:
         raise ValueError("not emulated")
 
+class Inaccurate(AssertionError):
+    pass
+
+def compare(x):
+    if x[0] != 2:
+        raise Inaccurate("a comparison of the project's own")
+
+def test_a_comparison():
+    compare(torch.ones(1))
+    scale[1,](torch.ones(128, device="cuda").half(), 128, 1.0, "scaled", tl.float32)
+
 def test_that_ends_early():
-    raise AssertionError("a comparison of its own")
+    raise AssertionError("not in a function that compares")
 """
 
 
@@ -84,7 +95,12 @@ def test_what_was_recorded_and_packed_is_found_by_the_jit(run, tmp_path):
     recorded = json.loads(recording.read_text(encoding="utf-8"))
     assert [line["ended"].rpartition("::")[2] for line in recorded["ended"]] == ["test_that_ends_early"], said
     variants = recorded["variants"]
-    (own,) = (json.loads(v["data"]) for v in variants if v["kernel"] == "scale")
+    own, half = sorted(
+        (json.loads(v["data"]) for v in variants if v["kernel"] == "scale"),
+        key=lambda v: v["signature"]["x_ptr"],
+        reverse=True,
+    )
+    assert half["signature"]["x_ptr"] == "*fp16"
     assert (own["options"]["num_warps"], own["options"]["enable_fp_fusion"]) == (2, False)
     assert own["constant_vals"] == [2.5, "scaled", "fp64"]
     assert {"bin_kernel", "scale"} <= {v["kernel"] for v in variants}

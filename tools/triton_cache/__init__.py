@@ -2,9 +2,8 @@
 
 On a machine without a GPU, in an environment with the Python and the Triton of the machine that has one::
 
-    python -m tools.triton_cache record --out kernels.json -- -m pytest tests/kernels/device
-    python -m tools.triton_cache record --out losses.json --overlook benchmarks.checks.closeness -- -m pytest ...
-    python -m tools.triton_cache compile kernels.json losses.json --cache build/triton
+    python -m tools.triton_cache record --out tests.json -- -m pytest -n 2 tests/kernels/device tests/losses/device
+    python -m tools.triton_cache compile tests.json --cache build/triton
     python -m tools.triton_cache pack kernels.tar.xz --cache build/triton
 
 and before the run on the GPU::

@@ -33,10 +33,6 @@ def arguments() -> argparse.Namespace:
     ):
         made = verbs.add_parser(verb, help=told)
         made.add_argument("--out" if verb == "record" else "--cache", type=Path, required=True)
-        made.add_argument(
-            "--overlook", action="append", default=[], metavar="MODULE",
-            help="of the tests, whose functions compare results: the AssertionErrors that they raise are overlooked",
-        )  # fmt: skip
         made.add_argument("arguments", nargs="+", help="of Python, after --: -m MODULE ... or SCRIPT ...")
     made = verbs.add_parser("compile", help="compile recorded variants for sm_90")
     made.add_argument("recordings", type=Path, nargs="+")
@@ -55,7 +51,7 @@ def run(options: argparse.Namespace, **environment: str) -> list[dict[str, Any]]
     paths = [str(Path(__file__).parent / "startup"), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]
     with tempfile.TemporaryDirectory() as folder:
         environment |= {
-            journal.FOLDER: folder, journal.OVERLOOK: ",".join(options.overlook), "PYTHONOPTIMIZE": "1",
+            journal.FOLDER: folder, "PYTHONOPTIMIZE": "1",
             "PYTEST_ADDOPTS": options_of_pytest, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }  # fmt: skip
         inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

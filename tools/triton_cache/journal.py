@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Of the environment: the folder; whether the JIT is real; modules of comparisons.
-FOLDER, CACHED, OVERLOOK = "TRITON_RECORDING", "TRITON_RECORDING_CACHED", "TRITON_RECORDING_OVERLOOK"
+FOLDER, CACHED = (
+    "TRITON_RECORDING",
+    "TRITON_RECORDING_CACHED",
+)  # of the environment: the folder; whether the JIT is real
 
 
 def write(line: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ its dtype and whether its address divides by 16, as addresses from PyTorch's all
 
 Kernels write nothing: new memory is 0 where a GPU would have left it as it was, and results are wrong. A test that
 compares them would end there and hide what it launches later, so ``assert`` statements are stripped (PYTHONOPTIMIZE,
-with pytest's ``--assert=plain``), and ``assert_close`` and its likes accept everything. This module is also the pytest
-plugin that tells which tests ended early all the same.
+with pytest's ``--assert=plain``), ``assert_close`` and its likes accept everything, and so do the functions of a
+project's module that derives an exception of its own from AssertionError. This module is also the pytest plugin that
+tells which tests ended early all the same.
 
 ``torch.compile`` runs functions as they are: kernels that Inductor writes are not recorded.
 """
@@ -22,6 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from inspect import isfunction
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -33,7 +35,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from tools.triton_cache.journal import CACHED, FOLDER, OVERLOOK, write
+from tools.triton_cache.journal import CACHED, FOLDER, write
 
 TARGET = GPUTarget("cuda", 90, 32)
 GPU = torch.device("cuda", 0)
@@ -212,10 +214,9 @@ def stand_in() -> None:
         setattr(torch.Tensor, name, lambda tensor, *_, **__: tensor)
 
 
-def overlook(name: str) -> None:
-    """No function of the module ``name`` raises an AssertionError any more, wherever it was imported."""
-    members = vars(sys.modules[name]).values() if name in sys.modules else ()
-    known = {f: overlooking(f) for f in members if isfunction(f) and f.__module__ == name}
+def overlook(compares: Any) -> None:
+    """No function of the module ``compares`` raises an AssertionError any more, wherever it was imported."""
+    known = {f: overlooking(f) for f in vars(compares).values() if isfunction(f) and f.__module__ == compares.__name__}
     for module in list(sys.modules.values()):
         for key, value in list(getattr(module, "__dict__", {}).items()):
             if isfunction(value) and value in known:
@@ -247,9 +248,12 @@ def pytest_configure() -> None:
         pytest.raises = raises  # type: ignore[assignment]
 
 
-def pytest_collection_finish() -> None:
-    for name in filter(None, os.environ.get(OVERLOOK, "").split(",")):
-        overlook(name)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    kinds = AssertionError.__subclasses__() if FOLDER in os.environ else []
+    for module in {sys.modules.get(kind.__module__) for kind in kinds}:
+        path = Path(getattr(module, "__file__", None) or "/")
+        if path.is_relative_to(session.config.rootpath) and "site-packages" not in path.parts:
+            overlook(module)
 
 
 @pytest.hookimpl(wrapper=True)
