@@ -39,7 +39,7 @@ def listed_gradient_kernel(
     labels_ptr,  # [n_rows] int64, or None
     weights_ptr,  # [n_rows], or None: rows of weight 0 get neither values nor coefficients
     beta_ptr,  # [n_rows] zeros and ones, or None
-    saved_statistics_ptr,  # [TOPK_SAVED_FIELDS, n_rows] of topk.py; NaN where the ids are bad
+    saved_statistics_ptr,  # [TOPK_SAVED_FIELDS, n_rows] of topk.py; NaN spoils a row
     entropy_ptr,  # [n_rows] the student's
     grad_divergence_ptr,  # [n_rows] each, COMPUTE, or None
     grad_logprob_ptr,
@@ -115,12 +115,11 @@ def listed_gradient_kernel(
             tl.store(coefficients_ptr + 4 * step + row, -chain(d, unit) * LN2)
 
         constant = tl.where(z_tail == 0, 0.0, constant)  # a tail of -inf alone
-        bad = m != m
         if SOFTCAP:
             value *= 1.0 - v * v
         tl.store(coefficients_ptr + row, m_tail)
-        tl.store(coefficients_ptr + 2 * step + row, tl.where(bad, float("nan"), constant))
-        tl.store(values_ptr + row * k + lane, tl.where(bad, float("nan"), value), mask=lane < k)
+        tl.store(coefficients_ptr + 2 * step + row, constant)
+        tl.store(values_ptr + row * k + lane, value, mask=lane < k)
 
 
 @triton.jit

@@ -308,7 +308,8 @@ def coefficients(
             teacher = forward
         if ratio is not None and rows.mean_ratio is not None:
             undefined = rows.mean_ratio == math.inf  # a reverse KL of +inf has no gradient
-            terms.append(-scaled_statistic(ratio, rows.mean_ratio.masked_fill(undefined, math.nan)))
+            mean_ratio = rows.mean_ratio.masked_fill(undefined, math.nan)
+            terms.append(-scaled_statistic(ratio, mean_ratio))
     if grad_logprob is not None and labels is not None:
         label = blank_labels(grad_logprob, labels.view(-1, 1), vocab)
         terms.append(-label)

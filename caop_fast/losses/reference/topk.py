@@ -308,7 +308,6 @@ def logit_gradient(
         constant = constant - flow(grad_entropy, scale * (below - norm.total.log() + entropy))
         log = -grad_entropy * scale
     constant = torch.where(norm.tail_total == 0, 0.0, constant)  # a tail of -inf alone
-    value, constant = (torch.where(norm.shift.isnan(), math.nan, x) for x in (value, constant))
 
     u, gradient = shifted(opened.tail, norm.tail_shift)
     gradient.mul_(constant if log is None else u.mul_(log).add_(constant))
