@@ -14,7 +14,7 @@ within an ulp. The interpreter has no inline assembly: ``approximations`` serves
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -152,3 +152,8 @@ def approximations(exp2: str, log2: str) -> Iterator[None]:
         for module in ("mixture", "gradient"):
             stack.enter_context(patch(fast.format(module), lambda backend, double: not double))
         yield
+
+
+def arithmetic(name: str) -> AbstractContextManager[None]:
+    """``approximations`` of two signs, or "contracted"."""
+    return contracted() if name == "contracted" else approximations(*name)

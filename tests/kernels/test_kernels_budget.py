@@ -4,6 +4,7 @@ As a rule few variants, which together compile every branch of every kernel, for
 `--full-grid` all variants for all targets. The compiles run in a process of their own, without a GPU. After a
 deliberate change record the new figures with
 `python -m tools.kernel_resources --target sm_80 sm_90 --json > tests/kernels/budget.json` and say why in the commit.
+Another release of Triton is allowed what `--beside tests/kernels/budget.json`, run with it, adds to that file.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from helpers import subprocesses
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: the kernels cannot be compiled")
 
+from tools.kernel_resources.__main__ import exceeding  # noqa: E402
 from tools.kernel_resources.catalogue import branches, covering, find, variants  # noqa: E402
 
-INTERPRET = "TRITON_INTERPRET"
 RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
+INTERPRET = "TRITON_INTERPRET"
 # Triton 3.4 links AMD code with the ROCm installation's own linker; later wheels bring one.
 AMD = ("gfx942",) if RELEASE >= (3, 6) else ()
 TARGETS = ("sm_90", *AMD)
@@ -104,31 +106,52 @@ def test_the_loops_do_not_synchronise(measured, target):
 def test_registers_and_instructions_stay_within_the_record(measured, target):
     if target not in BUDGET["targets"]:
         pytest.skip(f"no figures are recorded for {target}: spills, loads and synchronisation are held by other tests")
-    if tuple(int(part) for part in BUDGET["triton"].split(".")[:2]) != RELEASE:
-        pytest.skip(f"the figures were recorded with Triton {BUDGET['triton']}; this is {triton.__version__}")
-    over = {}
-    for name in measured.names:
-        budget = BUDGET["targets"][target][name]
-        for key in {"registers", "instructions", "per_id"} & set(budget):
-            if measured.targets[target][name][key] > 1.05 * budget[key]:
-                over[f"{name} {key}"] = (measured.targets[target][name][key], budget[key])
-    assert not over, over
+    recorded = allowance(target)
+    if recorded is None:
+        pytest.skip(f"no figures are recorded for Triton {triton.__version__}")
+    rows = measured.targets[target]
+    over = exceeding({name: rows[name] for name in measured.names}, recorded)
+    assert not over, {name: (row, recorded[name]) for name, row in over.items()}
+
+
+def release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def allowance(target: str) -> dict[str, dict] | None:
+    """{variant: figures} for this release of Triton."""
+    recorded = BUDGET["targets"][target]
+    if release(BUDGET["triton"]) == RELEASE:
+        return recorded
+    beside = [found for version, found in BUDGET["beside"].items() if release(version) == RELEASE]
+    return {**recorded, **beside[0][target]} if beside else None
+
+
+def test_without_fp_fusion(measured):
+    """Triton from 3.10 on fuses only on demand. Everything compiles as before, to more instructions."""
+    names = ["statistics-bf16-aligned", "mixture-bf16-aligned", "gradient-bf16-aligned-everything"]
+    done = run("--json", "--target", "sm_90", "--no-fp-fusion", "--variants", *names)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name, row in json.loads(done.stdout)["targets"]["sm_90"].items():
+        fused = measured.targets["sm_90"][name]
+        assert (row["spills"], row["load_bits"]) == (0, fused["load_bits"])
+        assert 1.05 * fused["instructions"] < row["instructions"] < 1.4 * fused["instructions"]
 
 
 LEAN = {
-    "statistics-bf16-aligned": 25.5,  # all statistics
-    "statistics-bf16-aligned-softcap": 59.0,
-    "mixture-bf16-aligned": 29.0,
-    "gradient-bf16-aligned-everything": 20.0,  # divergence of either kind, log-probability and entropy
+    "statistics-bf16-aligned": 31.2,  # all statistics
+    "mixture-bf16-aligned": 35.5,
+    "gradient-bf16-aligned-everything": 30.5,  # divergence of either kind, log-probability and entropy
+    "statistics-bf16-aligned-softcap": 66.0,
     # Against a sparse teacher, the listed ids (64 and 256 of them in 151936 columns) among the columns they share.
     "topk-tail-bf16-aligned": 11.0,
     "topk-tail-256-bf16-aligned": 12.0,
     # Chunks of the linear losses: float32 logits, the gradient for bfloat16 GEMMs.
-    "statistics-fp32-aligned": 23.5,
-    "mixture-fp32-aligned": 26.5,
-    "gradient-fp32-aligned-forward-to-bf16": 9.0,
-    "gradient-fp32-aligned-interior-to-bf16": 22.0,
-    "gradient-fp32-aligned-everything-to-bf16": 17.0,
+    "statistics-fp32-aligned": 29.5,
+    "mixture-fp32-aligned": 33.0,
+    "gradient-fp32-aligned-forward-to-bf16": 19.0,
+    "gradient-fp32-aligned-interior-to-bf16": 29.5,
+    "gradient-fp32-aligned-everything-to-bf16": 27.5,
 }
 
 

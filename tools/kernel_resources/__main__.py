@@ -10,8 +10,9 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from caop_kernels.backend import missing_triton
 
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", default="", help="only variants whose name contains this")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="only variants of these names")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument(
+        "--beside", type=Path, metavar="FILE", help="JSON of another Triton, printed with what this one takes more of"
+    )
     parser.add_argument("--no-fp-fusion", action="store_true", help="as if floating-point fusion were off")
     options = parser.parse_args(arguments)
 
@@ -48,15 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"no variant is called {', '.join(sorted(unknown))}")
         chosen = {name: chosen[name] for name in options.variants}
     table = survey(list(chosen), options.target, fp_fusion=not options.no_fp_fusion)
-    if options.json:
+    if options.json or options.beside:
         import triton
 
-        targets = []
-        for target, found in table.items():  # one variant per line, so that a change reads well in a diff
-            rows = [f"   {json.dumps(name)}: {json.dumps(_record(chosen[name], r))}" for name, r in found.items()]
-            targets.append(f"  {json.dumps(target)}: {{\n" + ",\n".join(rows) + "\n  }")
-        print(f'{{\n "triton": {json.dumps(triton.__version__)},\n "targets": {{')
-        print(",\n".join(targets) + "\n }\n}")
+        figures = {t: {name: _record(chosen[name], r) for name, r in found.items()} for t, found in table.items()}
+        record = {"triton": triton.__version__, "targets": figures, "beside": {}}
+        if options.beside:
+            record = json.loads(options.beside.read_text())
+            record["beside"][triton.__version__] = {t: exceeding(f, record["targets"][t]) for t, f in figures.items()}
+        print(_layout(record))
         return 0
     print(f"{'target':8} {'variant':42} {'registers':>9} {'spills':>6} {'instr/pair':>14} {'loop sync':>9}  loads")
     for target, found in table.items():
@@ -65,6 +69,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             count = f"{r.per_pair:.1f}" if r.pairs else f"({r.instructions} in all)"
             print(f"{target:8} {name:42} {r.registers:9d} {r.spills:6d} {count:>14} {r.synchronisations:9d}  {loads}")
     return 0
+
+
+def exceeding(figures: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of one target's figures that take over 5 % more registers or instructions than recorded."""
+    return {
+        name: row
+        for name, row in figures.items()
+        if any(row[key] > 1.05 * recorded[name][key] for key in ("registers", "instructions"))
+    }
+
+
+def _layout(record: Mapping[str, Any]) -> str:
+    """JSON with one variant per line, so that a change reads well in a diff."""
+
+    def targets(found: Mapping[str, Any]) -> str:
+        lines = (
+            ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in f.items()) for f in found.values()
+        )
+        return ",\n".join(f"  {json.dumps(t)}: {{\n{rows}\n  }}" for t, rows in zip(found, lines, strict=True))
+
+    beside = ",\n".join(f"  {json.dumps(v)}: {{\n{targets(found)}\n  }}" for v, found in record["beside"].items())
+    return (
+        f'{{\n "triton": {json.dumps(record["triton"])},\n "targets": {{\n{targets(record["targets"])}\n }},\n'
+        f' "beside": {{\n{beside}\n }}\n}}'
+    )
 
 
 def _record(variant: Variant, found: Resources) -> dict[str, object]:

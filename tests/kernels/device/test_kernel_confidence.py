@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from caop_fast.losses.confidence import confidence_loss, confidence_loss_from_logprobs
+from helpers import gpu_arithmetic
 from helpers.confidence_oracle import KINDS, log_p, mixed_gradient, scores
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -154,6 +155,14 @@ def test_error_is_that_of_plain_pytorch(device, kind, place, dtype):
         slack = 2 * ulp * exact.abs().max()
         assert ours.square().mean().sqrt() <= 1.2 * theirs.square().mean().sqrt() + slack, i
         assert ours.abs().max() <= 1.2 * theirs.abs().max() + slack, i
+
+
+@pytest.mark.parametrize("signs", ["++", "--", "??"])
+def test_error_with_approximate_instructions(device, signs):
+    if device.type != "cpu":
+        pytest.skip("the device has its own")
+    with gpu_arithmetic.approximations(*signs):
+        test_error_is_that_of_plain_pytorch(device, "brier", "on", "fp32")
 
 
 def test_rows_whose_mass_is_on_the_candidates_keep_their_digits(device):
