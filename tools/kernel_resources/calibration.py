@@ -35,6 +35,10 @@ def variants() -> Iterator[Variant]:
     for dtype, aligned, softcap in product(DTYPES, (True, False), (False, True)):
         yield _scores(dtype, aligned=aligned, softcap=softcap)
         yield _columns(dtype, aligned=aligned, softcap=softcap)
+    # Chunks of the linear losses: float32 logits in, the gradient in the dtype of the GEMMs that follow.
+    for out, softcap in product(("bf16", "fp16"), (False, True)):
+        yield _columns("fp32", aligned=True, softcap=softcap, out=out)
+    yield _candidates("fp32", out="bf16")
     for kind in CONFIDENCE_KINDS:
         yield _scores("bf16", aligned=True, kind=kind, suffix=f"-{kind}")
         yield _candidates("bf16", kind=kind)
@@ -119,31 +123,36 @@ def _scores(
     )
 
 
-def _columns(dtype: str, *, aligned: bool, softcap: bool) -> Variant:
+def _columns(dtype: str, *, aligned: bool, softcap: bool, out: str | None = None) -> Variant:
     lean = not softcap and dtype != "fp64"
     launch = {b: gradient_launch(b, ITEMSIZE[dtype], aligned=aligned, lean=lean) for b in BACKENDS}
     return _variant(
-        _name("confidence-columns", dtype, aligned, softcap),
+        _name("confidence-columns", dtype, aligned, softcap, f"-to-{out}" if out else ""),
         column_gradient_kernel,
         dtype,
         {**launch["cuda"].constants(), "SOFTCAP": softcap},
         _warps(launch),
         aligned=aligned,
         looped=True,
+        special={"out_ptr": f"*{out or dtype}"},
         num_stages=launch["cuda"].num_stages,
     )
 
 
-def _candidates(dtype: str, *, kind: str = KIND, candidates: int = CANDIDATES, logits: bool = True) -> Variant:
+def _candidates(
+    dtype: str, *, kind: str = KIND, candidates: int = CANDIDATES, logits: bool = True, out: str | None = None
+) -> Variant:
     constants: dict[str, Any] = {"KIND": kind, "CANDIDATES": candidates, "SOFTCAP": False}
     if not logits:
         constants |= {"ids_ptr": None, "saved_statistics_ptr": None}
+    suffix = f"{'' if logits else '-logprobs'}{f'-to-{out}' if out else ''}"
     return _variant(
-        f"confidence-candidates-{dtype}-{kind}-{candidates}{'' if logits else '-logprobs'}",
+        f"confidence-candidates-{dtype}-{kind}-{candidates}{suffix}",
         candidate_gradient_kernel,
         dtype,
         constants,
         dict.fromkeys(BACKENDS, candidate_warps(candidates)),
+        special={"out_ptr": f"*{out or dtype}"},
     )
 
 
