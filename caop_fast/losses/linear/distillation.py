@@ -73,12 +73,13 @@ def linear_distillation_loss(
     With one unit U = 2 N V H operations, ``memory="balanced"`` computes the gradients in the forward pass, chunk of
     tokens by chunk of tokens, with 4 U (3 U where the student's head is frozen, 2 U where nothing needs a gradient);
     "min" recomputes the logits in vocabulary blocks in the backward, with 6 U (8 U for an interior beta), and keeps no
-    float32 gradient of the weight. ``docs/linear_losses.md`` has the memory of both.
+    gradient of the weight. ``docs/linear_losses.md`` has the memory of both.
 
     Dtypes: a GEMM multiplies operands of the promoted dtype of hidden states and weight (under ``torch.autocast``, its
     dtype, float64 excepted, as ``torch.nn.Linear`` would; of ``logits_dtype`` where that is narrower) and returns
-    ``logits_dtype``; the weight gradient is accumulated in float32 and rounded once, to the dtype of the weight. A head
-    narrower than its operands is widened block by block.
+    ``logits_dtype``; the weight gradient is accumulated in float32 and rounded once, to the dtype of the weight (a
+    bfloat16 one on a GPU with ``memory="balanced"`` before the upstream gradient of the loss multiplies it, which is
+    exact for 1 and other powers of two). A head narrower than its operands is widened block by block.
 
     Distributed heads: an FSDP2 ``DTensor`` is gathered once, and its gradient averaged over the ranks of its mesh, as
     FSDP2 does. With ``process_group`` each rank holds consecutive rows of both heads, the same tokens, and gets the

@@ -2,7 +2,8 @@
 
 A loss whose weights per row are known gets its gradients in the forward pass, chunk of tokens by chunk of tokens: 4
 units of GEMM work for two models (two projections, grad_hidden, grad_weight) where recomputing the logits in the
-backward takes 6. The backward then multiplies them by the upstream gradient of the loss.
+backward takes 6. The weights and the divisor of a mean are part of each row's gradient; the backward multiplies the
+results by the upstream gradient of the loss, in new tensors: a second backward finds them unchanged.
 """
 
 from __future__ import annotations

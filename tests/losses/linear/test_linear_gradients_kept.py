@@ -18,9 +18,9 @@ from caop_fast import (
     linear_distillation_loss,
     linear_topk_distillation_loss,
 )
-from caop_fast.losses.linear import chunking, lm_head
+from caop_fast.losses.linear import lm_head
 from caop_fast.losses.linear.lm_head import LMHead
-from helpers.mixed_products import play
+from helpers.mixed_products import play, several_products
 
 V, H = 33, 8
 MATMUL = torch.backends.cuda.matmul
@@ -67,12 +67,6 @@ def exact(call: Callable[..., Tensor], tensors, flow: float = 1.0, **options) ->
     return gradients(call, wide, flow=flow, **options)
 
 
-def several(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of 5 tokens."""
-    for name, value in (("DEVICE_GRADIENT_BYTES", 0), ("DEVICE_SUMMED_GRADIENT_BYTES", 0), ("MIN_TOKENS", 5)):
-        monkeypatch.setattr(chunking, name, value)
-
-
 def assert_close(got: list[Tensor], want: list[Tensor], rounding: float) -> None:
     for a, b in zip(got, want, strict=True):
         assert (a.double() - b).abs().max() <= rounding * b.abs().max()
@@ -85,13 +79,15 @@ def test_any_number_of_tokens_in_one_product_or_several(name, n, addmm, monkeypa
     tensors = make(n)
     want = exact(LOSSES[name], tensors)
     seen = play(monkeypatch, addmm=addmm)
-    once = gradients(LOSSES[name], tensors, chunk_size=3)
+    several_products(monkeypatch, logits=3, gradient_bytes=None)
+    once = gradients(LOSSES[name], tensors)
     assert ("rounded mm", torch.bfloat16) in seen
-    several(monkeypatch)
+    several_products(monkeypatch, logits=3, gradient_bytes=2 * 5 * V)
     seen.clear()
-    summed = gradients(LOSSES[name], tensors, chunk_size=3)
+    summed = gradients(LOSSES[name], tensors)
     assert (("addmm", torch.bfloat16) in seen) == (addmm and n > 5)
-    for got in (once, summed):
+    asked = gradients(LOSSES[name], tensors, chunk_size=4)  # for the gradient as well as for the logits
+    for got in (once, summed, asked):
         assert all(t.dtype == torch.bfloat16 for t in got)
         assert_close(got, want, 2.0**-7)
 
@@ -107,10 +103,11 @@ def test_no_tokens(name, monkeypatch):
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_subset_of_the_gradients(name, monkeypatch):
     play(monkeypatch)
+    several_products(monkeypatch, logits=3, gradient_bytes=None)
     tensors = make(7)
-    whole = dict(zip("hwb", gradients(LOSSES[name], tensors, chunk_size=3), strict=True))
+    whole = dict(zip("hwb", gradients(LOSSES[name], tensors), strict=True))
     for needs in ("h", "w", "b", "hw", "hb", "wb"):
-        for key, got in zip(needs, gradients(LOSSES[name], tensors, needs, chunk_size=3), strict=True):
+        for key, got in zip(needs, gradients(LOSSES[name], tensors, needs), strict=True):
             assert_close([got], [whole[key].double()], 2.0**-7)
 
 
@@ -142,13 +139,24 @@ def test_an_upstream_gradient_is_not_rounded_to_bfloat16(monkeypatch):
         assert abs(float((got.double() * right).sum() / right.square().sum()) - 1) < 1e-3
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_graph_with_its_gradients(name, monkeypatch):
+    """The dtype in which grad_weight is kept is known to tracing."""
+    play(monkeypatch)
+    torch.compiler.reset()
+    compiled = torch.compile(LOSSES[name], fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled, make(7)), gradients(LOSSES[name], make(7)), strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("name", ["topk", "confidence"])
 def test_logits_gathered_over_ranks(name, monkeypatch, group):
     """Of one rank, whose columns are all of those that are gathered."""
     play(monkeypatch)
+    several_products(monkeypatch, logits=3, gradient_bytes=None)
     tensors = make(7)
-    want = gradients(LOSSES[name], tensors, chunk_size=3)
-    assert_close(gradients(LOSSES[name], tensors, chunk_size=3, process_group=group), [t.double() for t in want], 0)
+    want = gradients(LOSSES[name], tensors)
+    assert_close(gradients(LOSSES[name], tensors, process_group=group), [t.double() for t in want], 0)
 
 
 @pytest.fixture
