@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from caop_fast.losses.linear import lm_head
+from caop_fast.losses.linear import chunking, lm_head
 from caop_fast.losses.linear.lm_head import LMHead
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -62,3 +62,12 @@ def play(monkeypatch: pytest.MonkeyPatch, *, addmm: bool = True, rounds: bool = 
     monkeypatch.setattr(lm_head, "keeps_accumulator", keeps)
     monkeypatch.setattr(LMHead, "kept_dtype", property(kept))
     return seen
+
+
+def several_products(monkeypatch: pytest.MonkeyPatch, *, logits: int, gradient_bytes: int | None) -> None:
+    """Hold the logits of ``logits`` tokens at a time, and their gradient of all tokens or of ``gradient_bytes``."""
+    sizes = {"CPU_CHUNK_BYTES": 0, "MIN_TOKENS": logits}
+    if gradient_bytes is not None:
+        sizes |= {"DEVICE_GRADIENT_BYTES": 0, "DEVICE_SUMMED_GRADIENT_BYTES": gradient_bytes}
+    for name, value in sizes.items():
+        monkeypatch.setattr(chunking, name, value)

@@ -255,19 +255,16 @@ def token_sizes(
     gathers = gathers_logits and layout.is_sharded
     keeps = needs.weight and head.narrow_gradient  # for more tokens than have logits
     beside = any(needs) and (keeps or not overwrites or head.gradient_dtype != head.logits_dtype)
-    if config.chunk_size is not None:
-        logits = config.chunk_size
-    else:
-        n_buffers = 1 if sides.teacher is None else 2
-        if any(needs) and not overwrites and (gathers or not keeps):
-            n_buffers += 1
-        width = widest + (2 * sum(layout.sizes) if gathers else 0)
-        summed = needs.weight and not keeps
-        logits = chunk_tokens(width, n_buffers, head.logits_dtype, head.weight.device, adds_weight_gradient=summed)
-    if not keeps:
-        return TokenSizes(logits, logits, beside)
-    gradient = kept_tokens(n_rows, widest, head.gradient_dtype)
-    return TokenSizes(logits, max(gradient, logits), beside)
+    if config.chunk_size is not None:  # who sets it wants to hold no more
+        return TokenSizes(config.chunk_size, config.chunk_size, beside)
+    n_buffers = 1 if sides.teacher is None else 2
+    if any(needs) and not overwrites and (gathers or not keeps):
+        n_buffers += 1
+    width = widest + (2 * sum(layout.sizes) if gathers else 0)
+    summed = needs.weight and not keeps
+    logits = chunk_tokens(width, n_buffers, head.logits_dtype, head.weight.device, adds_weight_gradient=summed)
+    gradient = max(logits, kept_tokens(n_rows, widest, head.gradient_dtype)) if keeps else logits
+    return TokenSizes(logits, gradient, beside)
 
 
 def _most_ids(sides: ProjectedSides, config: LinearConfig) -> int:

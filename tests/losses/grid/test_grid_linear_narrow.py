@@ -21,7 +21,7 @@ from caop_fast import (
 )
 from caop_fast.losses.backends.masked_rows import UnmaskedRows
 from caop_fast.losses.linear import chunking
-from helpers.mixed_products import play
+from helpers.mixed_products import play, several_products
 
 COPIES = {"aten::copy_": 1, "aten::clone": 0, "aten::empty_like": 0}  # and where what they read, or take after, stands
 
@@ -31,12 +31,10 @@ def mixed_products(request, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
     """(product, dtype of its operands) of every mixed product that is asked for.
 
     "once": the gradients of all tokens' logits go into one product, which rounds grad_weight itself. "summed": those of
-    5 tokens at a time, in a sum that is rounded at the end, and no product adds to another.
+    4 or 5 tokens at a time, in a sum that is rounded at the end, and no product adds to another. Logits are held for 3.
     """
     once = request.param == "once"
-    if not once:
-        for name, value in (("DEVICE_GRADIENT_BYTES", 0), ("DEVICE_SUMMED_GRADIENT_BYTES", 0), ("MIN_TOKENS", 5)):
-            monkeypatch.setattr(chunking, name, value)
+    several_products(monkeypatch, logits=3, gradient_bytes=None if once else 2 * 5 * 33)
     return play(monkeypatch, addmm=once, rounds=once)
 
 
@@ -57,7 +55,9 @@ def masked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_narrow_operands(place, way, dtype, heads, mixed_products):
     if place.device.type != "cpu":
         pytest.skip("a GPU has the products themselves: test_grid_linear.py runs on it")
-    assert not complaints({**BASE, "way": way, "dtype": dtype, "heads": heads, "chunk": 3}, 7, place, narrow=True)
+    assert not complaints(
+        {**BASE, "way": way, "dtype": dtype, "heads": heads, "chunk": 3 * (way != "balanced")}, 7, place, narrow=True
+    )
     assert mixed_products
     assert {operand for _, operand in mixed_products} == {torch.bfloat16 if dtype == "bf16" else torch.float16}
 
@@ -72,14 +72,16 @@ def calls(place) -> dict:
     listed = (teacher[0].float() @ teacher[1].float().t()).log_softmax(-1).topk(3)
     ids, values = torch.tensor([1, 5], device=place.device), torch.tensor([0.0, 1.0], device=place.device)
     target = torch.full((5,), 0.4, device=place.device)
-    options = {"weights": weights, "backend": place.backend, "chunk_size": 2}
+    options = {"weights": weights, "backend": place.backend}
 
     def rows(validate: bool) -> Tensor:
         out = linear_distillation_rows(*leaves, *teacher, labels, beta=0.3, validate=validate, **options)
         return out.divergence.sum() + out.student_logprob.sum()
 
     def low_memory(validate: bool) -> Tensor:
-        return linear_distillation_loss(*leaves, *teacher, memory="min", validate=validate, **options).loss
+        return linear_distillation_loss(
+            *leaves, *teacher, memory="min", chunk_size=2, validate=validate, **options
+        ).loss
 
     return {
         "balanced": lambda v: linear_distillation_loss(*leaves, *teacher, labels, validate=v, **options).loss,
