@@ -1,10 +1,8 @@
-"""RESULTS.md and a page for each results file, made from the records; no number in them is written by hand.
+"""RESULTS.md and a page for each results file, made from the records alone: the same bytes on every machine.
 
-    python -m benchmarks.report                             benchmarks/RESULTS.md, benchmarks/results/<stem>.md and .png
-    python -m benchmarks.report --check                     exit code 1 and a diff if a page is not what the records give
-    python -m benchmarks.report --results DIR --out FILE    elsewhere; the pages lie beside the results files in DIR
-
-The same records give the same pages on every machine; only the pictures need matplotlib.
+python -m benchmarks.report                             RESULTS.md, results/<stem>.md and results/<stem>.png
+python -m benchmarks.report --check                     exit code 1 and a diff if the records give other pages
+python -m benchmarks.report --results DIR --out FILE    elsewhere; the pages lie beside the results files in DIR
 """
 
 from __future__ import annotations
@@ -17,76 +15,32 @@ import re
 import statistics
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.records import OURS, RESULTS, Record, Results, Shape, load
 
+Case = dict[str, Record]  # what was measured on one case, by implementation, ours first
 NAMES = {  # what the linear loss replaces: always in the first table, measured or not
-    "official": "released CaOPD trainer",
-    "plain": "plain PyTorch",
-    "plain-compiled": "plain PyTorch under torch.compile",
-    "trl-chunked": "TRL, chunked",
-    "liger-fused-linear-jsd": "Liger, fused linear JSD",
-    "liger-chunked-jsd": "Liger, chunked JSD",
-}
+    "official": "released CaOPD trainer", "plain": "plain PyTorch", "plain-compiled": "PyTorch with torch.compile",
+    "trl-chunked": "TRL, chunked", "liger-fused-linear-jsd": "Liger, fused", "liger-chunked-jsd": "Liger, chunked",
+}  # fmt: skip
 REFERENCE = Shape("Qwen3-8B", "bfloat16", 8192)  # of a GPU; beta 0, head trained, nothing masked
-GPU = "NVIDIA H100"  # named as not measured while there is no results file of a GPU
+GPU = {"what you use today": "any of these", "machine": "NVIDIA H100", "speed: ours / its": "not measured"}
 EQUAL, LEAST = 2.0, 1e-6  # equal accuracy: a gradient error of at most EQUAL times ours, or LEAST
+UNITS = {"gbps": "GB/s", "tflops": "TFLOP/s"}  # of a profile
+UNMEASURED = ("not measured", "reason", "implementation", "cases")
 HIDDEN = ("format", "device", "device_type", "device_id", "interpreted", "sources", "profile")  # of the header
-STEP = ("tokens_per_s", "tokens_per_s_without_rollout", "split_ms", "tokens", "layers", "layers_published", "optimiser")
 COLUMNS = f"""\
 - **time**: median of a forward and backward (20 % to 80 % quantiles; rounds). **relative**: divided by the value of
   `{OURS}` in the same case; 2x is twice as long, or twice the memory.
 - **floor**: a lower bound measured in the same run: the matrix products alone or, for losses on logits, each input read
   and each gradient written once at the bandwidth of a large copy. The percentage is floor / time.
-- **memory**: peak beyond the inputs, 1 MB is 1e6 bytes; gradients of the inputs count.
-- **loss error**, **gradient error**: relative to float64 (Euclidean norms), the largest of all that was compared.
-- **skipped**: not installed, or does not support the case; **oom**: out of memory; **wrong**: too far from float64, so
-  not timed; **error**: raised an exception; **crashed**: the process died; –: not known, or does not apply.
+- **memory**: peak beyond the inputs, 1 MB is 1e6 bytes. **errors**: relative to float64, the largest of all compared.
+- **wrong**: too far from float64, so not timed; **crashed**: the process died; –: not known, or does not apply.
 """
-
-
-class Case(NamedTuple):
-    """The records of a case by implementation, ours first; the shape is that of a record that knows it."""
-
-    suite: str
-    name: str
-    shape: Shape
-    records: dict[str, Record]
-
-    def ok(self, impl: str = OURS) -> Record | None:
-        record = self.records.get(impl)
-        return record if record is not None and record.status == "ok" and record.time_ms else None
-
-    def peers(self) -> list[Record]:
-        """Those measured that are not caop_fast or a variant of it, the fastest first."""
-        found = (self.ok(impl) for impl in self.records if not impl.startswith(OURS))
-        return sorted((r for r in found if r is not None), key=lambda r: r.ms)
-
-    def why(self, impl: str = OURS) -> str:
-        """Why there is no time of ``impl``."""
-        if (r := self.records.get(impl)) is None:
-            return "not measured: " + ("was not run" if self.records else self.name)
-        return f"not measured: {escape(f'{r.status}, {r.reason}' if r.reason else r.status)}"
-
-
-def cases(results: Results) -> list[Case]:
-    """By suite, dtype and setting, then by size, however the records are ordered."""
-    found: dict[tuple[str, str], dict[str, Record]] = defaultdict(dict)
-    for r in sorted(results.records, key=lambda r: (not r.impl.startswith(OURS), r.impl)):
-        found[r.suite, r.case][r.impl] = r
-    made = [Case(*key, next((r.shape for r in rs.values() if r.shape.n), Shape()), rs) for key, rs in found.items()]
-
-    def order(case: Case) -> tuple[Any, ...]:
-        s, main = case.shape, case.suite not in ("linear", "logits")
-        setting = s.dtype or "", s.beta or 0, s.head_trained is False, s.masked, s.model or "", s.v or 0, s.h or 0
-        return main, case.suite, *setting, s.n or 0, case.name
-
-    return sorted(made, key=order)
 
 
 def escape(text: Any, most: int = 300) -> str:
@@ -99,8 +53,7 @@ def number(value: float | None, unit: str = "") -> str:
     """With 3 significant digits; without an exponent between 0.01 and 1e7."""
     if value is None or value == 0 or not math.isfinite(value):
         return "–" if value is None else f"{value:g}{unit}"
-    text = f"{value:.2e}"
-    exponent = int(text.split("e")[1])
+    text, exponent = f"{value:.2e}", int(f"{value:.2e}".split("e")[1])
     return (f"{float(text):.{max(0, 2 - exponent)}f}" if -2 <= exponent < 7 else text) + unit
 
 
@@ -108,24 +61,20 @@ def flat(value: Any) -> str:
     """What JSON holds in one line: "a 1.00, b 2.50"."""
     if isinstance(value, dict):
         return ", ".join(f"{escape(k)} {flat(v)}" for k, v in value.items() if v not in (None, [], {}))
-    if isinstance(value, list):
-        return ", ".join(map(flat, value[:20]))
-    return number(value) if isinstance(value, float) else escape(value)
-
-
-def over(value: float | None, other: float | None) -> float | None:
-    return None if value is None or not other else value / other
+    return number(value) if value is None or isinstance(value, float) else escape(value, 1000)
 
 
 def ratio(one: Record | None, other: Record | None, name: str) -> float | None:
     """Of a number of two records; None if either is not known."""
-    return over(getattr(one, name, None), getattr(other, name, None))
+    above, below = getattr(one, name, None), getattr(other, name, None)
+    return above / below if above is not None and below else None
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table and a blank one, none without rows; short rows are filled, cells are escaped already."""
-    full = [[*row, *["–"] * (len(headers) - len(row))] for row in rows]
-    return [*(f"| {' | '.join(row)} |" for row in (headers, ["---"] * len(headers), *full)), ""] if rows else []
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """Lines of a Markdown table and a blank one, none without rows."""
+    heads = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [heads, ["---"] * len(heads), *([row.get(name, "–") for name in heads] for row in rows)]
+    return [*(f"| {' | '.join(line)} |" for line in cells), ""] if rows else []
 
 
 def title(results: Results) -> str:
@@ -139,270 +88,212 @@ def on_gpu(results: Results) -> bool:
 def emulated(results: Results) -> str:
     """That the machine has no products in bfloat16 to speak of, or nothing."""
     rates = (results.header.get("ceilings") or {}).get("gemm_tflops") or {}
-    short, full = rates.get("bfloat16"), rates.get("float32")
-    beside = f"({number(short)} TFLOP/s beside {number(full)} in float32)"
-    return (
-        f"bfloat16 matrix products are not usable on this machine {beside}" if (over(short, full) or 1) < 1 / 4 else ""
-    )
+    short, full = rates.get("bfloat16") or 0, rates.get("float32") or 0
+    text = f"not usable on this machine ({number(short)} TFLOP/s beside {number(full)} in float32)"
+    return f"bfloat16 matrix products are {text}" if 0 < short < full / 4 else ""
+
+
+def cases(results: Results) -> list[Case]:
+    """By suite, dtype, setting and size, however the records are ordered; without floors of emulated products."""
+    found: dict[tuple[Any, ...], Case] = defaultdict(dict)
+    for r in sorted(results.records, key=lambda r: (not r.impl.startswith(OURS), r.impl)):
+        s, useless = r.shape, r.floor == "gemms" and r.shape.dtype == "bfloat16" and emulated(results)
+        setting = s.dtype or "", s.beta or 0, s.head_trained is False, s.masked, s.model or "", s.v or 0, s.h or 0
+        if r.status == "ok" and r.time_ms:
+            key = r.suite not in ("linear", "logits"), r.suite, *setting, s.n or 0, r.case
+            found[key][r.impl] = replace(r, floor_ms=None) if useless else r
+    return [found[key] for key in sorted(found)]
+
+
+def peers(case: Case) -> list[Record]:
+    """Those that are not caop_fast or a variant of it, the fastest first."""
+    return sorted((r for r in case.values() if not r.impl.startswith(OURS)), key=lambda r: r.ms)
 
 
 def reference(results: Results, suite: str = "linear") -> Case:
-    """On a GPU the case the targets are stated for; else the largest of those with the most peers."""
-    plain = [c for c in cases(results) if c.suite == suite and not c.shape.beta and not c.shape.masked]
-    able = [c for c in plain if c.shape.head_trained is not False and (on_gpu(results) or c.ok())]
-    if on_gpu(results):
-        able = [c for c in able if Shape(c.shape.model, c.shape.dtype, c.shape.n) == REFERENCE]
-    elif emulated(results):
-        able = [c for c in able if c.shape.dtype != "bfloat16"]
-    able.sort(key=lambda c: (len(c.peers()), (c.shape.n or 0) * (c.shape.v or 0) * (c.shape.h or 1)))
-    return able[-1] if able else Case(suite, "the reference case is not in the records", Shape(), {})
+    """On a GPU the case the targets are stated for; else the largest of those with the most peers. Or nothing."""
+
+    def merit(case: Case) -> tuple[bool, int, int]:
+        r = next(iter(case.values()))
+        at = Shape(r.shape.model, r.shape.dtype, r.shape.n) == REFERENCE if on_gpu(results) else r.impl == OURS
+        plain = not r.shape.beta and not r.shape.masked and r.shape.head_trained is not False
+        able = r.suite == suite and at and plain and not (r.shape.dtype == "bfloat16" and emulated(results))
+        return able, len(peers(case)), (r.shape.n or 0) * (r.shape.v or 0) * (r.shape.h or 1)
+
+    return max((case for case in cases(results) if merit(case)[0]), key=merit, default={})
 
 
-def answer(found: Sequence[Results]) -> list[str]:
-    """How caop_fast compares with what is in use, in the reference case of each file."""
-    rows = [] if any(map(on_gpu, found)) else [["any of these", GPU, "not measured"]]
-    for results in found:
-        case, where = reference(results), title(results)
-        if (ours := case.ok()) is None:
-            rows.append(["any of these", where, case.why()])
-            continue
-        for impl in dict.fromkeys([*NAMES, *(i for i in case.records if not i.startswith(OURS))]):
-            row, r = [NAMES.get(impl, escape(impl)), where], case.ok(impl)
-            shares = number(ratio(r, ours, "time_ms"), "x"), number(ratio(ours, r, "peak_bytes"), "x")
-            row += [*shares, f"{number(r.grad_error)} / {number(ours.grad_error)}"] if r else [case.why(impl)]
-            rows.append(row)
-    heads = ["what you use today", "machine", f"speed of {OURS} relative to it", "memory relative to it"]
-    return table([*heads, f"gradient error: its / {OURS}"], rows)
+def why(results: Results, case: Case, impl: str = OURS) -> str:
+    """Why a number of ``impl`` is missing."""
+    failed = {r.key: r for r in results.records if r.status != "ok"}
+    r = next((failed.get((r.suite, r.case, impl)) for r in case.values()), None)
+    known = "not recorded" if impl in case else "was not run" if case else "the reference case is not in the records"
+    return "not measured: " + (escape(f"{r.status}, {r.reason or 'no reason'}") if r else known)
 
 
-def wins(results: Results) -> str:
-    """Where others are faster, or need less memory."""
-    pairs = [(ours, r) for case in cases(results) if (ours := case.ok()) for r in case.peers()]
-    total, text = Counter(r.impl for _, r in pairs), ""
-    for what, name in (("Faster", "time_ms"), ("Less memory", "peak_bytes")):
-        won = Counter(r.impl for ours, r in pairs if (ratio(r, ours, name) or 1) < 1)
-        named = [f"{NAMES.get(i, escape(i))} in {won[i]} of {total[i]} cases" for i in sorted(won)]
-        text += f" {what} than {OURS}: {', '.join(named) or 'none'}."
-    return text
+def answer(results: Results) -> list[dict[str, str]]:
+    """How caop_fast compares with what is in use, in the reference case."""
+    case, rows = reference(results), list[dict[str, str]]()
+    ours = case.get(OURS)
+    for impl in dict.fromkeys([*NAMES, *(r.impl for r in peers(case))]) if ours else [OURS]:
+        r, today = case.get(impl), NAMES.get(impl, escape(impl)) if ours else "any of these"
+        speed = number(ratio(r, ours, "time_ms"), "x") if r else why(results, case, impl)
+        errors = f"{number(ours.grad_error)} / {number(r.grad_error)}" if r and ours else "–"
+        row = {"what you use today": today, "machine": title(results), "speed: ours / its": speed}
+        row |= {"memory: ours / its": number(ratio(ours, r, "peak_bytes"), "x"), "gradient error: ours / its": errors}
+        rows.append(row)
+    return rows
 
 
-def targets(results: Results) -> list[str]:
-    """The four targets in the reference case: required, measured, verdict."""
-    case, on_logits = reference(results), reference(results, "logits")
-    ours, logits, official = case.ok(), on_logits.ok(), case.ok("official")
-    peers = case.peers() if ours else []
+def targets(results: Results) -> list[dict[str, str]]:
+    """The four targets, in the reference cases."""
+    case, dense, rows = reference(results), reference(results, "logits"), []
+    ours, logits, copied = case.get(OURS), dense.get(OURS), (results.header.get("ceilings") or {}).get("copy_gbps")
     allowed = max(EQUAL * (getattr(ours, "grad_error", None) or 0), LEAST)
-    equal = next((r for r in peers if r.grad_error is not None and r.grad_error <= allowed), None)
-    near = f"{escape(peers[0].impl)}: {number(ratio(peers[0], ours, 'time_ms'), 'x')}" if peers else "no peer"
-    copied = over(getattr(logits, "traffic_gbps", None), (results.header.get("ceilings") or {}).get("copy_gbps"))
-    gemms = over(ours.time_ms, ours.floor_ms) if ours and ours.floor == "gemms" else None
-    absent = f"no peer of equal accuracy; the fastest is {near}" if ours else case.why()
-    no_floor = emulated(results) or "the floor is no lower bound" if ours else case.why()
-    rows = []
-    for what, sign, bound, value, why in (
-        ("linear loss, time: fastest peer of equal accuracy / ours", "≥", 1.5, ratio(equal, ours, "time_ms"), absent),
-        ("linear loss, memory: ours / official", "≤", 1 / 8, ratio(ours, official, "peak_bytes"), case.why("official")),
-        ("loss on logits, bandwidth: ours / a large copy", "≥", 0.8, copied, on_logits.why()),
-        (
-            "linear loss, time: ours / its matrix products alone",
-            "≤",
-            1.2,
-            gemms if (gemms or 0) >= 1 else None,
-            no_floor,
-        ),
+    equal = next((r for r in peers(case) if r.grad_error is not None and r.grad_error <= allowed), None)
+    rate = logits.traffic_gbps / copied if logits and logits.traffic_gbps and copied else None
+    time = ours.ms / ours.floor_ms if ours and ours.floor == "gemms" and ours.floor_ms else None
+    speed, memory = ratio(equal, ours, "time_ms"), ratio(ours, case.get("official"), "peak_bytes")
+    near = "not measured: no peer is as accurate" if ours else why(results, case)
+    bare = "not measured: the products alone took longer" if time else why(results, case)
+    for what, sign, bound, value, missing in (
+        (f"linear loss, speed: ours / {escape(equal.impl) if equal else 'fastest as accurate'}", "≥", 1.5, speed, near),
+        ("linear loss, memory: ours / official", "≤", 1 / 8, memory, why(results, case, "official" if ours else OURS)),
+        ("loss on logits, bandwidth: ours / a large copy", "≥", 0.8, rate, why(results, dense)),
+        ("linear loss, time: ours / its matrix products", "≤", 1.2, time if time and time >= 1 else None, bare),
     ):
-        met = value is not None and (value >= bound if sign == "≥" else value <= bound)
-        verdict = "met" if met else "**not met**" if value else why
-        rows.append([what, f"{sign} {bound:g}x", number(value, "x"), verdict])
-    return table(["target", "required", "measured", "verdict"], rows)
+        met = missing if value is None else "yes" if value == bound or (value > bound) == (sign == "≥") else "**no**"
+        rows.append({"target": what, "required": f"{sign} {bound:g}x", "measured": number(value, "x"), "met": met})
+    return rows
 
 
-def summary(found: Sequence[Results], folder: str) -> str:
+def summary(found: list[Results], folder: str) -> str:
     """RESULTS.md; the pages are in ``folder``, seen from there."""
-    newest = {r.header.get("device"): r for r in sorted(reversed(found), key=lambda r: reference(r).ok() is not None)}
-    chosen = [r for r in found if r in newest.values()]
-    lines = ["# Results", "", *answer(chosen)]
+    ranked = sorted(found, key=lambda r: (OURS in reference(r), str(r.header.get("date"))))
+    newest = sorted({r.header.get("device"): r for r in ranked}.values(), key=on_gpu, reverse=True)
+    rows = [GPU] * (not any(map(on_gpu, found))) + [row for r in newest for row in answer(r)]
+    lines = ["# Results", "", *table(rows)]
     for r in found:
-        lines.append(f"- **{title(r)}** ([page]({folder}/{r.path.stem}.md)): {escape(reference(r).name)}.{wins(r)}")
-    lines += ["", "## Targets", "", "Stated for a GPU, in the case above; what a CPU gives is shown beside.", ""]
-    lines += [] if any(map(on_gpu, found)) else [f"{GPU}: not measured.", ""]
-    lines += [line for r in chosen for line in (f"{title(r)}:", "", *targets(r))]
-    return "\n".join(
-        [*lines, "## What the columns mean", "", COLUMNS, "Generated by `python -m benchmarks.report`.", ""]
-    )
+        pairs = [(case[OURS], peer) for case in cases(r) if OURS in case for peer in peers(case)]
+        total, won = Counter(peer.impl for _, peer in pairs), Counter(p.impl for ours, p in pairs if p.ms < ours.ms)
+        who = "; ".join(f"{NAMES.get(i, escape(i))} in {n} of {total[i]} cases" for i, n in won.most_common()) or "none"
+        name = next((escape(record.case) for record in reference(r).values()), "the reference case is not measured")
+        lines.append(f"- **{title(r)}** ([all numbers]({folder}/{r.path.stem}.md)): {name}. Faster than {OURS}: {who}.")
+    lines += ["", "## Targets", "", "Stated for a GPU; the numbers of a CPU are shown for comparison.", ""]
+    lines += [line for r in newest for line in (f"{title(r)}:", "", *table(targets(r)))]
+    return "\n".join([*lines, "## What the columns mean", "", COLUMNS, "Generated by `python -m benchmarks.report`.\n"])
 
 
-def measured(same: Iterable[Case]) -> list[str]:
-    """A row for each case and implementation."""
-    rows: list[list[str]] = []
-    for case, r in ((case, r) for case in same for r in case.records.values() if r.status != "skipped"):
-        mark = "†" if (over(r.extra.get("host_ms"), r.time_ms) or 0) >= 0.9 else ""
-        time = f"{number(r.time_ms)}{mark} ({number(r.time_low_ms)}–{number(r.time_high_ms)}; {r.rounds})"
-        share = over(r.floor_ms, r.time_ms) or 0
-        least = (
-            f"{number(100 * share)} % of {number(r.floor_ms)}{', no lower bound' if share > 1 else ''}"
-            if share
-            else "–"
-        )
-        row = [escape(case.name), escape(r.impl), time if r.status == "ok" else r.status]
-        row += [number(ratio(r, case.ok(), "time_ms"), "x"), least]
-        row += [number(over(r.peak_bytes, 1e6)), number(ratio(r, case.ok(), "peak_bytes"), "x")]
-        step = flat({name.replace("_", " "): r.extra[name] for name in STEP if name in r.extra})
-        rows.append([*row, number(r.loss_error), number(r.grad_error), f"{escape(r.gives or '–')} {step}".strip()])
-    heads = "case|implementation|time, ms|relative|floor, ms|memory, MB|relative|loss error|gradient error|returns"
-    note = ["†: bound by the host launching kernels.", ""] if any("†" in row[2] for row in rows) else []
-    return table(heads.split("|"), rows) + note
+def row(case: Case, r: Record) -> dict[str, str]:
+    """Of the table of a suite: an implementation on a case."""
+    mark = "†" if (r.extra.get("host_ms") or 0) >= 0.9 * r.ms else ""
+    share, step = 100 * (r.floor_ms or 0) / r.ms, {**(r.extra.get("split_ms") or {})}
+    bound = f"{number(share)} % of {number(r.floor_ms)}{' (no lower bound)' if share > 100 else ''}" if share else "–"
+    made = {"case": escape(r.case), "implementation": escape(r.impl), "returns": escape(r.gives or "–")}
+    made |= {name.replace("_", " "): number(r.extra[name]) for name in r.extra if name.startswith("tokens_per_s")}
+    made["time, ms"] = f"{number(r.ms)}{mark} ({number(r.time_low_ms)}–{number(r.time_high_ms)}; {r.rounds})"
+    made["relative"] = number(ratio(r, case.get(OURS), "time_ms"), "x")
+    made |= {f"{escape(name)}, ms": number(value) for name, value in step.items()} or {"floor, ms": bound}
+    made["memory, MB"] = number(r.peak_bytes and r.peak_bytes / 1e6)
+    made["relative memory"] = number(ratio(r, case.get(OURS), "peak_bytes"), "x")
+    return made | {"loss error": number(r.loss_error), "gradient error": number(r.grad_error)}
 
 
-def series(results: Results) -> list[list[Case]]:
-    """Cases that differ in N only, by increasing N."""
-    found: dict[tuple[str, Shape], list[Case]] = defaultdict(list)
-    for case in cases(results):
-        found[case.suite, replace(case.shape, n=None)] += [case] if case.shape.n else []
-    return list(found.values())
+def series(results: Results) -> list[list[list[Record]]]:
+    """Records that differ in N only, by implementation; at 3 sizes or more, the longest of the linear loss last."""
+    found: dict[tuple[str, Shape], Any] = defaultdict(lambda: defaultdict(list))
+    for r in (r for case in cases(results) for r in case.values() if r.shape.n and r.peak_bytes):
+        found[r.suite, replace(r.shape, n=None)][r.impl].append(r)
+    able = [[rs for rs in same.values() if len({r.shape.n for r in rs}) >= 3] for same in found.values()]
+    return sorted(filter(None, able), key=lambda same: (same[0][0].suite == "linear", len(same[0])))
 
 
-def scaling(results: Results) -> list[str]:
-    """Exponents p of time and memory ~ N^p, by least squares between logarithms, where 3 sizes were measured."""
-    rows = []
-    for same in series(results):
-        for impl in dict.fromkeys(impl for case in same for impl in case.records):
-            ok = [r for case in same if (r := case.ok(impl)) and r.peak_bytes]
-            x = [math.log(r.shape.n or 1) for r in ok]
-            if len(set(x)) >= 3:
-                both = [math.log(r.ms) for r in ok], [math.log(r.peak_bytes or 1) for r in ok]
-                slopes = [f"{statistics.linear_regression(x, y).slope:.2f}" for y in both]
-                sizes = f"{ok[0].shape.n}–{ok[-1].shape.n}"
-                rows.append([ok[0].suite, escape(ok[-1].case), escape(impl), sizes, str(len(ok)), *slopes])
-    return table(["suite", "largest case", "implementation", "N", "sizes", "time", "memory"], rows)
-
-
-def unmeasured(results: Results) -> list[str]:
-    """Each reason once, whatever numbers it holds, with the implementations."""
-    found: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for r in results.records:
-        if r.status != "ok":
-            found[r.status, re.sub(r"[\d.]+", "#", r.reason or "no reason")].append(r)
-    lines = []
-    for (status, _), same in sorted(found.items()):
-        who = ", ".join(f"{escape(impl)} ({n})" for impl, n in sorted(Counter(r.impl for r in same).items()))
-        lines.append(f"- {status}: {escape(min(r.reason or 'no reason' for r in same))}: {who}")
-    return lines
+def exponent(records: list[Record], name: str) -> str:
+    """p of a number ~ N^p, by least squares between logarithms."""
+    x, y = [math.log(r.shape.n or 1) for r in records], [math.log(getattr(r, name)) for r in records]
+    return f"{statistics.linear_regression(x, y).slope:.2f}"
 
 
 def page(results: Results, picture: bool) -> str:
     """All that a results file holds."""
-    head, stem = results.header, results.path.stem
-    lines = [
-        f"# {title(results)}",
-        "",
-        *(f"- {escape(k)}: {flat(v)}" for k, v in head.items() if v and k not in HIDDEN),
-    ]
-    lines += ["- the time ran out before all was measured"] if head.get("finished") is False else []
+    head, every = results.header, [(case, r) for case in cases(results) for r in case.values()]
+    shown = {name: value for name, value in head.items() if name not in HIDDEN and value not in (None, "")}
+    lines = [f"# {title(results)}", "", *(f"- {escape(name)}: {flat(value)}" for name, value in shown.items())]
+    lines += ["- **the times are of incorrect code**"] if (head.get("correctness") or {}).get("failed") else []
     lines += [f"- **{emulated(results)}**"] if emulated(results) else []
     for what, name, again in ((OURS, "time_ms", "again_ms"), ("its floor", "floor_ms", "floor_again_ms")):
-        if drift := [x for r in results.records if (x := over(r.extra.get(again), getattr(r, name)))]:
-            middle = number(statistics.median(drift), "x")
-            lines.append(f"- {what} measured again at the end: {middle} ({number(min(drift))}–{number(max(drift))})")
-    if drawn(results):
-        lines += [
-            "",
-            f"![time and memory against N]({stem}.png)" if picture else "No picture: matplotlib was not installed.",
-        ]
-    for key, same in groupby(cases(results), lambda c: f"{escape(c.suite)}, {escape(c.shape.dtype or '–')}"):
-        lines += ["", f"## {key}", "", *measured(same)]
+        times = [(r.extra.get(again), getattr(r, name)) for _, r in every]
+        if drift := sorted(later / first for later, first in times if later and first):
+            text = f"{number(statistics.median(drift), 'x')} ({number(drift[0])}–{number(drift[-1])})"
+            lines.append(f"- {what} measured again at the end of its case: {text}")
+    link = f"![time and memory against N]({results.path.stem}.png)" if picture else "No picture: without matplotlib."
+    lines += ["", link, ""] if series(results) else [""]
+    for key, same in groupby(every, lambda item: f"{escape(item[1].suite)}, {escape(item[1].shape.dtype or '–')}"):
+        lines += [f"## {key}", "", *table(rows := [row(*item) for item in same])]
+        lines += ["†: bound by the host launching kernels.", ""] if any("†" in r["time, ms"] for r in rows) else []
     for name, found in (head.get("profile") or {}).items():
-        rows = [
-            [escape(r["name"]), str(r["calls"]), *(number(r.get(k)) for k in ("ms", "gbps", "tflops"))]
-            for r in found["rows"]
-        ]
-        lines += [f"## Where the time goes: {escape(name)}, {number(found['ms'])} ms on the device", ""]
-        lines += table(["kernel", "calls", "ms", "GB/s", "TFLOP/s"], rows)
-    for name, part in (("Scaling: exponents of N", scaling(results)), ("Not measured", unmeasured(results))):
-        lines += [f"## {name}", "", *part] if part else []
-    return "\n".join(lines).rstrip() + "\n"
+        rows = [{UNITS.get(k, escape(k)): flat(v) for k, v in r.items()} for r in found["rows"]]
+        lines += [f"## Where the time goes: {escape(name)}, {number(found['ms'])} ms", "", *table(rows)]
+    fits = [(rs[-1], exponent(rs, "time_ms"), exponent(rs, "peak_bytes")) for same in series(results) for rs in same]
+    rows = [{"up to": escape(f"{r.suite}: {r.case}"), "of": escape(r.impl), "time": t, "memory": m} for r, t, m in fits]
+    lines += ["## Growth: exponents of N", "", *table(rows)] if rows else []
+    failed = Counter((r.status, r.reason or "–", r.impl) for r in results.records if r.status != "ok")
+    rows = [dict(zip(UNMEASURED, map(escape, (*key, count)), strict=True)) for key, count in sorted(failed.items())]
+    return "\n".join([*lines, *table(rows)]).rstrip() + "\n"
 
 
-def drawn(results: Results) -> list[Case]:
-    """The series of the picture: the linear loss at the most sizes, the largest head; empty if there is none."""
-    able = [same for same in series(results) if same[0].suite == "linear" and sum(c.ok() is not None for c in same) > 1]
-    return max(
-        able,
-        key=lambda same: (sum(c.ok() is not None for c in same), (same[0].shape.v or 0) * (same[0].shape.h or 0)),
-        default=[],
-    )
-
-
-def draw(results: Results, path: Path) -> bool:
-    """Time and memory against N; False where there is nothing to draw, or no matplotlib."""
-    same = drawn(results)
+def draw(results: Results, path: Path) -> None:
+    """Time and memory against N of the last series; no picture without matplotlib."""
+    path.unlink(missing_ok=True)
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        return False
-    if not same:
-        return False
-    with matplotlib.rc_context({"text.parse_math": False, "axes.grid": True, "grid.color": "#dde1e6"}):
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
-        for axes, name, label in zip(
-            figure.subplots(1, 2), ("time_ms", "peak_bytes"), ("time, ms", "memory, bytes"), strict=True
-        ):
-            for impl in dict.fromkeys(impl for case in same for impl in case.records):
-                points = [(r.shape.n, getattr(r, name)) for case in same if (r := case.ok(impl)) and getattr(r, name)]
-                width = 3 if impl == OURS else 1.5
-                axes.plot(*zip(*points, strict=True), "o-", label=impl, linewidth=width) if points else None
-            axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=label)
-        figure.suptitle(f"{results.header.get('device')}: {same[-1].name}")
+        return print("no pictures: matplotlib is not installed")
+    for same in series(results)[-1:]:
+        figure, sizes = Figure(figsize=(11, 4.5), layout="constrained"), [r.shape.n for r in same[0]]
+        for axes, name, scale in zip(figure.subplots(1, 2), ("time_ms", "peak_bytes"), (1, 1e-6), strict=True):
+            for rs in same:
+                y, width = [scale * getattr(r, name) for r in rs], 4 if rs[0].impl == OURS else 1.5
+                axes.loglog([r.shape.n for r in rs], y, "o-", label=rs[0].impl.replace("$", ""), linewidth=width)
+            axes.set(xlabel="tokens N", ylabel="time, ms" if scale == 1 else "memory, MB")
+            axes.set_xticks(sizes, map(str, sizes))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
+            axes.grid(color="#dde1e6")
+        figure.suptitle(re.sub(r" N=\d+|\$", "", f"{results.header.get('device')}: {rs[0].suite} {rs[0].case}"))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
         figure.savefig(path, dpi=100)
-    return True
 
 
-def read(folder: Path) -> list[Results]:
-    """All results files, GPUs first, then by date; ValueError if one cannot be reported."""
-    found = [load(path) for path in sorted(folder.glob("*.json"))]
-    for results in found:
-        if emulated(results):  # then the time of the products is no floor
-            useless = [r.floor == "gemms" and r.shape.dtype == "bfloat16" for r in results.records]
-            results.records = [
-                replace(r, floor_ms=None) if u else r for r, u in zip(results.records, useless, strict=True)
-            ]
-    if played := [str(r.path) for r in found if r.header.get("interpreted")]:
-        raise ValueError(f"{', '.join(played)}: measured in Triton's interpreter, where times mean nothing")
-    if not found:
-        raise ValueError(f"no results file in {folder}: measure with python -m benchmarks.gpu or benchmarks.cpu")
-    return sorted(found, key=lambda r: (on_gpu(r), str(r.header.get("date")), r.path.name), reverse=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 if ``--check`` finds a difference; 2 if no report can be made."""
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1 if ``--check`` finds a difference; exits with 2 if no report can be made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the results files")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the summary (default: RESULTS.md beside DIR)")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page differs")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RESULTS.md beside DIR")
+    parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
-    out = options.out or options.results.resolve().parent / "RESULTS.md"
+    out, status = options.out or options.results.resolve().parent / "RESULTS.md", 0
     try:
-        found = read(options.results)
+        found = [load(path) for path in sorted(options.results.glob("*.json"))]
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        parser.error(str(error))
+    played = [r.path.name for r in found if r.header.get("interpreted")]
+    if played or not found:
+        parser.error(f"times of Triton's interpreter: {played}" if played else f"no results file in {options.results}")
+    found.sort(key=lambda r: (on_gpu(r), str(r.header.get("date")), r.path.name), reverse=True)
     texts = {out: summary(found, Path(os.path.relpath(options.results, out.resolve().parent)).as_posix())}
-    for results in found:
-        png = results.path.with_suffix(".png")
-        if not options.check and not draw(results, png):
-            png.unlink(missing_ok=True)
-        texts[results.path.with_suffix(".md")] = page(results, png.is_file())
-    differ = False
+    for r in [] if options.check else found:
+        draw(r, r.path.with_suffix(".png"))
+    texts |= {r.path.with_suffix(".md"): page(r, r.path.with_suffix(".png").is_file()) for r in found}
     for path, text in texts.items():
-        if not options.check:
-            path.write_bytes(text.encode())
-        elif (there := path.read_bytes().decode(errors="replace") if path.is_file() else "") != text:
-            differ = True
+        there = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+        if options.check and there != text:
             lines = difflib.unified_diff(there.splitlines(), text.splitlines(), str(path), "from the records", n=0)
-            print("\n".join([*lines][:40]), file=sys.stderr)
-    return int(differ)
+            print("\n".join([f"{path} is not what the records give", *lines][:40]), file=sys.stderr)
+            status = 1
+        elif not options.check:
+            path.write_bytes(text.encode())
+    return status
 
 
 if __name__ == "__main__":
