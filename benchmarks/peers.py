@@ -106,12 +106,12 @@ def interpreted() -> bool:
 
 
 def too_large(needed_bytes: float, device: torch.device) -> str | None:
-    """A reason if the device has less memory in all, else None."""
+    """A reason if the device has less memory, 5 % of it left for workspaces and fragments; else None."""
     if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
+        there = 0.95 * torch.cuda.get_device_properties(device).total_memory
     else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return f"needs about {needed_bytes / 1e9:.0f} GB of {there / 1e9:.0f} GB" if needed_bytes > there else None
+        there = 0.95 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"needs about {needed_bytes / 1e9:.1f} GB of {there / 1e9:.1f} GB" if needed_bytes > there else None
 
 
 def ours(case: Case, **options: Any) -> Loss:

@@ -1,9 +1,9 @@
 """One step of on-policy distillation, whole and stage by stage: caop_fast beside the loop of the released trainer.
 
-A step samples rollouts, runs the teacher on them after its longer prompt, runs the student, computes the loss and its
-gradient, and takes a step of AdamW. Implementations differ between sampling and AdamW. Where a loss takes logits, the
-projections belong to the forwards; where it takes hidden states, to the loss, to which the whole backward belongs, that
-of the student too: only the sum of the three is comparable. The models have published shapes and random weights.
+A step samples rollouts, runs the teacher on them after its longer prompt, then the student, computes the loss and its
+gradient, and updates by AdamW. Where the loss takes logits, the projections belong to the forwards; where it takes
+hidden states, to the loss, like the whole backward: of teacher, student and loss only the sum is comparable. The models
+have published shapes and random weights.
 """
 
 from __future__ import annotations
@@ -12,35 +12,26 @@ import copy
 import gc
 import random
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from operator import truediv
 from statistics import median
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.inputs import IGNORE_INDEX
 from benchmarks.measure import Wrong, peak, synchronize
 from benchmarks.peers import official_loss, plain_loss
 from benchmarks.records import Record, Shape, quantiles
 from caop_fast import linear_distillation_loss
 
-Model = Any  # Qwen3ForCausalLM; transformers may not be installed
-Prompts = list[list[int]]
 STAGES = ("rollout", "teacher", "student", "loss", "optimiser")
 FIRST_SEED = 1000  # of the rollouts whose loss and gradients are checked; the timed rounds use the next ones
 ROUNDS = {"cuda": 5, "cpu": 3}  # a step takes so long that their number is fixed
 LIMITS = {"float32": (1e-4, 1e-3), "bfloat16": (2e-2, 0.2)}  # relative errors of loss and gradients of what is timed
-
-FIELDS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "vocab_size", "tie_word_embeddings", "eos_token_id", "pad_token_id"),
-)
+FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+          "head_dim", "vocab_size", "tie_word_embeddings", "eos_token_id", "pad_token_id")  # fmt: skip
 MODELS: dict[str, dict[str, int]] = {  # published configurations, and one for tests
     "Qwen3-0.6B": dict(zip(FIELDS, (1024, 3072, 28, 16, 8, 128, 151936, True, 151645, 151643), strict=True)),
     "Qwen3-8B": dict(zip(FIELDS, (4096, 12288, 36, 32, 8, 128, 151936, False, 151645, 151643), strict=True)),
@@ -52,9 +43,8 @@ MODELS: dict[str, dict[str, int]] = {  # published configurations, and one for t
 class StepCase:
     """One step: ``prompts`` prompts with ``rollouts`` rollouts each, by one of ``MODELS`` cut to ``layers`` layers.
 
-    The longest prompt has ``prompt_tokens`` (for the teacher ``teacher_prompt_tokens``), the shortest about three
-    quarters of it; a rollout has ``new_tokens`` unless it ends before, which random weights hardly ever do. ``dtype``,
-    "float32" or "bfloat16", is that of weights, gradients and optimizer state; ``beta`` is that of the divergence.
+    ``prompt_tokens`` and ``teacher_prompt_tokens`` are those of the longest prompt, ``new_tokens`` those of a rollout.
+    ``dtype``, "float32" or "bfloat16", is that of weights, gradients and optimizer state; ``beta`` of the divergence.
     """
 
     model: str
@@ -78,8 +68,7 @@ class StepCase:
         """The record of an implementation, nothing measured yet."""
         c, n = MODELS[self.model], self.prompts * self.rollouts * self.new_tokens
         shape = Shape(self.model, self.dtype, n, c["vocab_size"], c["hidden_size"], self.beta, head_trained=True)
-        extra = {k: v for k, v in asdict(self).items() if k not in ("model", "dtype", "beta")}
-        extra["layers_published"] = c["num_hidden_layers"]
+        extra = asdict(self) | {"layers_published": c["num_hidden_layers"]}
         return Record("step", self.name, impl, shape=shape, extra=extra)
 
 
@@ -87,7 +76,7 @@ SELECTIONS: dict[str, tuple[StepCase, ...]] = {
     "cuda": (
         StepCase("Qwen3-0.6B", 28, 4, 8, 256, 512, 128, "bfloat16"),
         StepCase("Qwen3-8B", 4, 4, 8, 256, 512, 128, "bfloat16"),
-        StepCase("Qwen3-0.6B", 28, 16, 8, 128, 256, 128, "bfloat16"),
+        StepCase("Qwen3-0.6B", 28, 8, 8, 128, 256, 64, "bfloat16"),
         StepCase("Qwen3-8B", 4, 8, 8, 256, 512, 128, "bfloat16"),
     ),
     "cpu": (StepCase("Qwen3-0.6B", 2, 4, 4, 64, 128, 16, "float32"),),
@@ -104,7 +93,7 @@ class Batch(NamedTuple):
     beta: float
 
 
-def _hidden(model: Model, prompts: Prompts, batch: Batch) -> tuple[Tensor, Tensor]:
+def _hidden(model: Any, prompts: list[list[int]], batch: Batch) -> tuple[Tensor, Tensor]:
     """Hidden states [N, H] of the loss tokens, each prompt run once for all of its rollouts; and the head [V, H]."""
     from caop_fast.training.scoring import completion_hidden
 
@@ -119,7 +108,7 @@ def _linear_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor],
     return loss
 
 
-def _logits(model: Model, prompts: Prompts, batch: Batch) -> Tensor:
+def _logits(model: Any, prompts: list[list[int]], batch: Batch) -> Tensor:
     """Float32 logits [R, L, V]: prompt and completion as one sequence for every rollout, without a cache."""
     done, pad, longest = batch.completions, model.config.pad_token_id, max(map(len, prompts))
     left = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=done.ids.device)
@@ -130,12 +119,12 @@ def _logits(model: Model, prompts: Prompts, batch: Batch) -> Tensor:
 
 
 def _logits_loss(student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-    labels = batch.completions.ids.masked_fill(batch.completions.mask == 0, IGNORE_INDEX)
+    labels = batch.completions.ids.masked_fill(batch.completions.mask == 0, -100)
     return official_loss(student, teacher, labels, batch.beta)[0]
 
 
 # (model, its prompts, batch) -> what the loss takes of a model; (student's, teacher's, batch) -> mean over loss tokens
-Implementation = tuple[Callable[[Model, Prompts, Batch], Any], Callable[[Any, Any, Batch], Tensor]]
+Implementation = tuple[Callable[[Any, list[list[int]], Batch], Any], Callable[[Any, Any, Batch], Tensor]]
 IMPLEMENTATIONS: dict[str, Implementation] = {"caop_fast": (_hidden, _linear_loss), "official": (_logits, _logits_loss)}
 
 
@@ -146,15 +135,14 @@ def needed_bytes(case: StepCase, impl: str) -> int:
     q, kv = (c["head_dim"] * c[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
     # Student, teacher, gradients and both moments of AdamW; gradients of the reference in float32.
     weights = (2 - c["tie_word_embeddings"]) * v * h + case.layers * h * (2 * q + 2 * kv + 3 * i)
-    held = 5 * size * weights + 4 * h * (v + kv + i)
     # Saved by a layer: its inputs and results for each token that runs, and keys and values repeated for all heads.
     whole = rollouts * (case.prompt_tokens + case.new_tokens)
     run = whole if impl == "official" else case.prompts * case.prompt_tokens + rollouts * case.new_tokens
-    saved = size * case.layers * (run * (8 * h + 4 * i + 5 * q + 5 * kv) + whole * 2 * q)
-    # Float32 arrays as large as the logits: of all rollouts in the official loop, of one in the reference, which also
-    # has float32 heads and their gradient: more than the chunks of caop_fast.
-    logits = 4 * v * case.new_tokens * (8 if case.beta in (0, 1) else 16)
-    return held + saved + max(12 * h * v + logits, logits * rollouts if impl == "official" else 0)
+    saved = size * case.layers * (run * (10 * h + 4 * i + 6 * q + 6 * kv) + whole * 2 * q)
+    # Float32 logits and arrays as large, of all rollouts or the chunks of caop_fast; the reference's heads in float32.
+    logits = 4 * v * rollouts * case.new_tokens * (8 if case.beta in (0, 1) else 16)
+    beside = max(12 * h * v, logits) if impl == "official" else 12 * h * v + min(logits, 3 << 30)
+    return 5 * size * weights + 4 * h * (v + kv + i) + saved + beside
 
 
 class StepBench:
@@ -176,16 +164,15 @@ class StepBench:
         config = Qwen3Config.from_dict(c | {"num_hidden_layers": case.layers, "rope_theta": 1e6})
         torch.manual_seed(0)
         with torch.device(device):
-            self.student: Model = Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, case.dtype)).train()
+            self.student: Any = Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, case.dtype)).train()
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
         for weight in self.student.parameters():  # allocate the optimizer's state before any step is measured
             weight.grad = torch.zeros_like(weight)
         self.optimizer.step()
         self.reset()
-        last = f"model.layers.{case.layers - 1}.mlp.down_proj.weight"
-        names = ("model.layers.0.self_attn.v_proj.weight", last, "lm_head.weight")
-        self.compared: dict[str, Tensor] = {name: self.student.get_parameter(name) for name in names}
+        names = ("model.layers.0.self_attn.v_proj", f"model.layers.{case.layers - 1}.mlp.down_proj", "lm_head")
+        self.compared: dict[str, Tensor] = {name: self.student.get_submodule(name).weight for name in names}
         batch = self.sample(FIRST_SEED)
         self.ids, self.exact = batch.completions.ids, self.refer(batch, [*self.compared.values()])
 
@@ -212,31 +199,30 @@ class StepBench:
     def refer(self, batch: Batch, weights: Sequence[Tensor]) -> list[Tensor]:
         """The loss from its definition, then its gradients by ``weights``, in float32, without padding or sharing."""
 
-        def logits(model: Model, prompt: list[int], ids: Tensor) -> Tensor:
+        def logits(model: Any, prompt: list[int], ids: Tensor) -> Tensor:
             whole = torch.cat([torch.tensor(prompt, device=ids.device), ids[:-1]])
             hidden = model.model(input_ids=whole[None], use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
-            return F.linear(hidden.float(), model.lm_head.weight.float())
+            return hidden.float() @ model.lm_head.weight.float().t()
 
         done, found = batch.completions, [torch.zeros(s, device=self.device) for s in ((), *(w.shape for w in weights))]
         for i, padded, length in zip(done.prompt_index.tolist(), done.ids, done.mask.sum(1).tolist(), strict=True):
             ids = padded[:length]
-            with torch.no_grad():
-                theirs = logits(self.teacher, self.teacher_prompts[i], ids)
             mine = logits(self.student, self.prompts[i], ids)
+            theirs = logits(self.teacher, self.teacher_prompts[i], ids)
             part = plain_loss(mine, theirs, ids, batch.beta)[1].sum() / batch.rows.numel()
             for total, more in zip(found, (part.detach(), *torch.autograd.grad(part, weights)), strict=True):
                 total += more
         return found
 
     def step(self, impl: str, seed: int) -> tuple[Batch, dict[str, float], list[Tensor | None]]:
-        """A step: rollouts, milliseconds by stage, and the loss and the gradients to compare. ``reset`` comes before."""
-        forward, loss_of = IMPLEMENTATIONS[impl]
-        ends: list[float] = []
+        """A step from the first weights: rollouts, milliseconds by stage, and the loss and the gradients to compare."""
+        (forward, loss_of), ends = IMPLEMENTATIONS[impl], list[float]()
 
         def end() -> None:
             synchronize(self.device)
             ends.append(1e3 * time.perf_counter())
 
+        self.reset()
         end()
         batch = self.sample(seed)
         end()
@@ -267,38 +253,31 @@ class StepBench:
 
     def measure(self, impl: str) -> Record:
         """Compare with the reference (``Wrong`` if it is too far off), then time."""
-        tokens, splits, sampled = [], [], 0
-        first: list[Any] = []
-
-        def fresh(seed: int) -> tuple[Batch, dict[str, float], list[Tensor | None]]:
-            self.reset()
-            return self.step(impl, seed)
-
+        first, tokens, splits, sampled = list[Any](), list[int](), list[dict[str, float]](), 0
         try:
             if self.device.type == "cuda":  # compile kernels and allocate workspaces before memory is measured
-                fresh(FIRST_SEED)
-            used = peak(lambda: first.extend(fresh(FIRST_SEED)), self.device)
+                self.step(impl, FIRST_SEED)
+            self.reset()  # garbage that is freed while memory is measured would hide as much
+            used = peak(lambda: first.extend(self.step(impl, FIRST_SEED)), self.device)
             loss, errors = float(first[2][0]), self.errors(first[0], first.pop())
             for seed in range(FIRST_SEED + 1, FIRST_SEED + 1 + ROUNDS[self.device.type]):
-                batch, split = fresh(seed)[:2]
+                batch, split = self.step(impl, seed)[:2]
                 tokens.append(batch.rows.numel())
                 splits.append(split)
-                sampled = zlib.crc32(batch.completions.ids.cpu().numpy().tobytes(), sampled)
+                sampled = hash((sampled, *batch.completions.ids.flatten().tolist()))
         finally:
             self.clear()
-        record, ms = self.case.record(impl), [sum(split.values()) for split in splits]
-        later = [whole - split["rollout"] for whole, split in zip(ms, splits, strict=True)]
-        extra = {
-            "tokens": round(median(tokens)), "tokens_per_s": 1e3 * median(map(truediv, tokens, ms)),
-            "tokens_per_s_without_rollout": 1e3 * median(map(truediv, tokens, later)),
-            "split_ms": {stage: median(split[stage] for split in splits) for stage in STAGES},
-            "errors": errors, "loss": loss, "sampled": sampled, "optimiser": "AdamW, fused",
+        ms, record = [sum(split.values()) for split in splits], self.case.record(impl)
+        rates = [(t / m, t / (m - split["rollout"])) for t, m, split in zip(tokens, ms, splits, strict=True)]
+        whole, later = (1e3 * median(rate) for rate in zip(*rates, strict=True))
+        extra = record.extra | {
+            "optimiser": "AdamW, fused", "tokens": round(median(tokens)), "tokens_per_s": whole, "errors": errors,
+            "tokens_per_s_without_rollout": later, "split_ms": {s: median(x[s] for x in splits) for s in STAGES},
+            "loss": loss, "sampled": sampled,
         }  # fmt: skip
-        return replace(
-            record, shape=replace(record.shape, n=extra["tokens"]), **quantiles(ms), peak_bytes=used,
-            loss_error=errors.pop("loss"), grad_error=max(errors.values()), gives="an updated student",
-            extra={**record.extra, **extra},
-        )  # fmt: skip
+        shape = replace(record.shape, n=extra["tokens"])
+        found = {"peak_bytes": used, "loss_error": errors.pop("loss"), "grad_error": max(errors.values())}
+        return replace(record, shape=shape, **quantiles(ms), **found, gives="an updated student", extra=extra)
 
     def clear(self) -> None:
         """Drop the gradients."""

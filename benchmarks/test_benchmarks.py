@@ -64,8 +64,7 @@ def test_speed(
         bench = prepared(case, setting)
         if isinstance(bench, StepBench):
             found, seeds = bench.measure(impl), itertools.count(FIRST_SEED)
-            before = lambda: (bench.reset(), ((impl, next(seeds)), {}))[1]  # noqa: E731
-            benchmark.pedantic(bench.step, setup=before, rounds=2, iterations=1)
+            benchmark.pedantic(bench.step, setup=lambda: ((impl, next(seeds)), {}), rounds=2, iterations=1)
         else:
             found = bench.measure(impl, partial(timed_by, benchmark))
     except measure.Wrong as error:

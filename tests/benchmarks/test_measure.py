@@ -32,7 +32,7 @@ def test_the_cases_of_a_gpu_begin_with_the_targets() -> None:
 
 
 def test_a_case_that_does_not_fit_says_so_before_it_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "needs about 1000000 GB of" in str(peers.too_large(1e15, CPU))
+    assert "needs about 1000000.0 GB of" in str(peers.too_large(1e15, CPU))
     monkeypatch.setattr(peers, "too_large", lambda needed, device: "no" if needed > 80e9 else None)
     case = cases.targets()[0]
     able = {p.name for p in peers.of_case(case) if p.refusal(case, CPU) is None}
