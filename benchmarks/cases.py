@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from benchmarks.records import Record, Shape
 
@@ -31,29 +32,18 @@ HEADS: dict[str, tuple[int, int, float | None]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs of one suite.
+    """One set of inputs of one suite."""
 
-    Attributes:
-        suite: one of ``SUITES``.
-        model: whose head it is, or "small" where no published one fits the machine.
-        n, v, h: tokens, vocabulary size, features (unused by losses on logits).
-        dtype: "float32" or "bfloat16", of logits or of hidden states and heads.
-        beta: of the divergence (unused by suites without one).
-        head_trained: whether the head gets a gradient (unused by losses on logits).
-        masked: share of the tokens whose label is -100.
-        softcap: of both models' logits.
-    """
-
-    suite: str
-    model: str
-    n: int
-    v: int
-    h: int
-    dtype: str
-    beta: float = 0.0
-    head_trained: bool = True
-    masked: float = 0.0
-    softcap: float | None = None
+    suite: str  # one of ``SUITES``
+    model: str  # whose head it is, or "small" where no published one fits the machine
+    n: int  # tokens
+    v: int  # vocabulary size
+    h: int  # features (unused by losses on logits)
+    dtype: str  # "float32" or "bfloat16", of logits or of hidden states and heads
+    beta: float = 0.0  # of the divergence (unused by suites without one)
+    head_trained: bool = True  # whether the head gets a gradient (unused by losses on logits)
+    masked: float = 0.0  # share of the tokens whose label is -100
+    softcap: float | None = None  # of both models' logits
 
     @property
     def linear(self) -> bool:
@@ -107,13 +97,13 @@ class Case:
         return Record(self.suite, self.name, impl, shape=self.shape)
 
 
-def case(suite: str, model: str, n: int, dtype: str = "bfloat16", **options: float) -> Case:
+def case(suite: str, model: str, n: int, dtype: str = "bfloat16", **options: Any) -> Case:
     """A case with the head of a published model; ``options``: beta, head_trained, masked."""
     vocab, hidden, softcap = HEADS[model]
     return replace(Case(suite, model, n, vocab, hidden, dtype, softcap=softcap), **options)
 
 
-def small(suite: str, n: int, v: int, h: int, dtype: str = "float32", **options: float) -> Case:
+def small(suite: str, n: int, v: int, h: int, dtype: str = "float32", **options: Any) -> Case:
     """A case for machines that are too small for a published head."""
     return replace(Case(suite, "small", n, v, h, dtype), **options)
 

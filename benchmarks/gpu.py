@@ -1,24 +1,17 @@
-"""Everything on a machine with a GPU, in the order of what it tells::
+"""Everything on a machine with a GPU, in the order of what it tells: see README.md for the stages::
 
     python -m benchmarks.gpu --minutes 8 --out DIR
 
-Stages, each of which stands alone (``--stages``):
-
-* correctness: every kernel test and every check of the losses, on all cores;
-* targets: the reference cases beside the implementations that are not compiled, with floors before and after;
-* profile: milliseconds, GB/s and TFLOP/s of each kernel of a step of four losses;
-* compiled: the reference cases beside what ``torch.compile`` compiles, which takes a large part of a minute each;
-* sweep: the number of tokens, without those; steps: whole training steps; rest: all other cases.
-
 Every record and every outcome of a test is on disk as soon as it is known, and the same command goes on where the last
 one stopped. It needs torch, triton, numpy, pytest and pytest-xdist (transformers for training steps), and a checkout.
-Peers: liger-kernel, trl (with datasets, which its kernels import), cut-cross-entropy, flash-attn. ``--triton-cache``
-takes the kernels that ``tools.triton_cache`` compiled on another machine. ``--device cpu`` measures a CPU.
+Peers: liger-kernel, trl (with datasets, which its kernels import), cut-cross-entropy, flash-attn.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import signal
 import sys
@@ -36,7 +29,9 @@ from benchmarks.records import RESULTS, Record, Results, file_name, header, load
 from benchmarks.run import Lost, Setting, Worker
 from benchmarks.step import StepCase
 from tools import device_tests
+from tools.triton_cache.pack import unpack
 
+say = functools.partial(print, flush=True)
 ORDER = ("correctness", "targets", "profile", "compiled", "sweep", "steps", "rest")
 # Header fields that must be equal in a run that is resumed.
 SAME = ("device", "device_id", "driver", "cuda", "sources", "interpreted", "versions", "cpu_capability", "threads")
@@ -48,8 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("PyTorch finds no CUDA or ROCm device; --device cpu runs the same on a CPU", file=sys.stderr)
         return 2
-    if options.triton_cache is not None:
-        use_triton_cache(options.triton_cache, options.out / "triton-cache")
+    if options.triton_cache is not None:  # for the processes that this one starts
+        os.environ["TRITON_CACHE_DIR"] = str((options.out / "triton-cache").absolute())
+        unpack(options.triton_cache, options.out / "triton-cache")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes are stopped
     typed = [Path(a).name if os.path.isabs(a) else a for a in (sys.argv[1:] if argv is None else argv)]
     command = Command(options, ["python -m benchmarks.gpu", *typed])
@@ -77,14 +73,6 @@ def parser() -> argparse.ArgumentParser:
     add("--triton-cache", type=Path, metavar="PACK", help="compiled kernels, from tools.triton_cache pack")
     add("--fresh", action="store_true", help="begin another file instead of resuming one")
     return made
-
-
-def use_triton_cache(pack: Path, folder: Path) -> None:
-    """Unpack it for the processes that this one starts."""
-    from tools.triton_cache.pack import unpack
-
-    unpack(pack, folder)
-    os.environ["TRITON_CACHE_DIR"] = str(folder.absolute())
 
 
 class Command:
@@ -191,15 +179,14 @@ class Command:
         if suites is not None and case.record("").suite not in suites:
             return True
         for impl in impls:
-            record = case.record(impl)
-            if record.key in done or (only is not None and impl not in only):
+            if case.record(impl).key in done or (only is not None and impl not in only):
                 continue
             if self.late():
                 return False
             try:
                 record = self.call(run.measured, case, impl, self.setting)
             except Lost as error:
-                record = record.failed("crashed", str(error))
+                record = case.record(impl).failed("crashed", str(error))
             if record.status == "crashed":
                 self.worker.stop()
             self.results.add(record)
@@ -219,14 +206,12 @@ class Command:
         self.results.add(replace(first, extra={**first.extra, **extra}))
 
 
-def say(text: str) -> None:
-    """A line of progress, flushed."""
-    print(text, flush=True)
-
-
 def open_results(folder: Path, found: dict[str, Any], *, fresh: bool) -> Results:
     """The run to resume: the newest in ``folder`` with the same device, code and versions; or a new file."""
-    earlier = [] if fresh else [results for path in folder.glob("*.json") if (results := _loaded(path)) is not None]
+    earlier = []
+    for path in [] if fresh else folder.glob("*.json"):
+        with contextlib.suppress(ValueError):  # it is something else
+            earlier.append(load(path))
     for results in sorted(earlier, key=lambda r: str(r.header["date"]), reverse=True):
         if all(results.header.get(key) == found[key] for key in SAME):
             return results
@@ -236,13 +221,6 @@ def open_results(folder: Path, found: dict[str, Any], *, fresh: bool) -> Results
     results = Results(path, found)
     results.save()
     return results
-
-
-def _loaded(path: Path) -> Results | None:
-    try:
-        return load(path)
-    except ValueError:
-        return None
 
 
 if __name__ == "__main__":

@@ -27,11 +27,10 @@ SHARED = ("weight", "teacher_weight", "candidate_ids", "candidate_values")  # ha
 class Inputs:
     """Tensors of one case by name; those with ``requires_grad`` get a gradient.
 
-    * all: "labels" [N] int64, -100 where a token is masked; "keep" [M] int64, the tokens that are not, if some are.
-    * losses on logits: "student" [N, V], and "teacher" [N, V] where the teacher is dense.
-    * linear losses: "hidden" [N, H] and "weight" [V, H], and "teacher_hidden", "teacher_weight" alike.
-    * sparse teachers: "teacher_ids" int64 and "teacher_logprobs" float32, [N, k].
-    * confidence losses: "candidate_ids" [C] int64, "candidate_values" [C] and "target" [N] float32.
+    "labels" [N] int64, -100 where a token is masked, and "keep" [M] int64, the tokens that are not, if some are;
+    "student" and "teacher" [N, V], or "hidden" [N, H], "weight" [V, H], "teacher_hidden" and "teacher_weight"; of a
+    sparse teacher "teacher_ids" int64 and "teacher_logprobs" float32 [N, k]; of confidence losses "candidate_ids" [C]
+    int64, "candidate_values" [C] and "target" [N] float32.
     """
 
     case: Case
@@ -56,8 +55,7 @@ class Inputs:
     def unmasked(self, *names: str) -> tuple[Tensor, ...]:
         """The rows that are not masked; which they are is known on the host, as in a trainer, so nothing waits."""
         keep = self.tensors.get("keep")
-        whole = [keep is None or name in SHARED for name in names]
-        return tuple(self[n] if all_ else self[n].index_select(0, keep) for n, all_ in zip(names, whole, strict=True))
+        return tuple(self[n] if keep is None or n in SHARED else self[n].index_select(0, keep) for n in names)
 
     @property
     def count(self) -> int:

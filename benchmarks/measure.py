@@ -37,9 +37,9 @@ def timing(
 ) -> list[float]:
     """Milliseconds of each round of ``steps`` in turn, for about ``seconds``, after warm-up.
 
-    Each step has its own inputs, so that none are in the cache.
-    On a GPU every round lies between two events without synchronization between rounds: the host runs ahead as it does
-    in training, and a step that synchronizes pays for it. Clocks are not locked.
+    Each step has its own inputs, so that none are in the cache. On a GPU every round lies between two events without
+    synchronization between rounds: the host runs ahead as it does in training, and a step that synchronizes pays for
+    it. Clocks are not locked.
     """
     turn = itertools.cycle(steps)
     each = float("inf")
@@ -51,43 +51,27 @@ def timing(
         if each > seconds:
             break
     count = max(MIN_ROUNDS, min(rounds, int(seconds / max(each, 1e-9))))
-    return _events(turn, count) if device.type == "cuda" else _wall(turn, count)
-
-
-def _events(turn: Iterator[Step], count: int) -> list[float]:
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for start, end in marks:
-        step = next(turn)
-        start.record()
+    marks = []
+    for step in itertools.islice(turn, count):
+        marks.append(_now(device))
         step()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in marks]
+        marks.append(_now(device))
+    synchronize(device)
+    pairs = zip(marks[::2], marks[1::2], strict=True)
+    return [a.elapsed_time(b) if device.type == "cuda" else 1e3 * (b - a) for a, b in pairs]
 
 
-def _wall(turn: Iterator[Step], count: int) -> list[float]:
-    found = []
-    for _ in range(count):
-        step = next(turn)
-        start = time.perf_counter()
-        step()
-        found.append((time.perf_counter() - start) * 1e3)
-    return found
+def _now(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def alive(device: torch.device) -> bool:
-    """Whether the device still works in this process; after an illegal memory access no call succeeds."""
-    try:
-        return torch.ones(2, device=device).sum().item() == 2
-    except torch.OutOfMemoryError:
-        return True
-    except RuntimeError:
-        return False
 
 
 def host_ms(steps: Sequence[Step], device: torch.device) -> float:
@@ -151,7 +135,7 @@ def profile(step: Step, device: torch.device, copy_gbps: float) -> dict[str, Any
             row["calls"] += 1
             row["ms"] += (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e3
             row["operations"] += 0 if on_device else operations
-    made = []
+    made: list[dict[str, Any]] = []
     for name, row in sorted(rows.items(), key=lambda item: -item[1]["ms"]):
         if row["ms"]:
             gbps = moved.get(name, 0) / row["ms"] / 1e6
@@ -203,16 +187,10 @@ def _bytes_of_kernels() -> Iterator[dict[str, int]]:
 
 @dataclass(frozen=True)
 class Floor:
-    """A lower bound of the time of a case.
-
-    Attributes:
-        ms: in milliseconds.
-        kind: "copy" (each input read once and each gradient written once) or "gemms" (the matrix products alone).
-        bytes, operations: in that time.
-    """
+    """A lower bound of the time of a case, and the bytes or operations in that time."""
 
     ms: float
-    kind: str
+    kind: str  # "copy" (each input read once, each gradient written once) or "gemms" (the matrix products alone)
     bytes: int = 0
     operations: int = 0
 

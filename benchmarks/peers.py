@@ -26,43 +26,27 @@ from benchmarks.inputs import IGNORE_INDEX, Inputs
 
 WRONG = 0.02  # relative error of loss or gradient above which an implementation is not timed, unless it has a limit
 ROUNDED = (0.15, 0.8)  # those limits where logits are rounded to bfloat16, which is coarse for models that are near
-VOCABULARY_CHUNK = 32768  # of trl's trainers
 STATISTICS = "loss, both log-probabilities, both entropies"
 Loss = Callable[[Inputs], Tensor]  # maps inputs to a scalar, the mean over the unmasked tokens
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One implementation of the losses of some suites.
-
-    Attributes:
-        name: in tables.
-        suites: that it has a loss for.
-        build: the loss of a case, through the public API of the implementation with its defaults.
-        gives: what a call returns besides the gradient; where that differs, by ``Case.kind``.
-        limit: relative error of loss or gradient above which it is not timed.
-        rounding: whether it rounds the logits of bfloat16 heads to bfloat16.
-        compiled: whether it is compiled by ``torch.compile``, which takes a large part of a minute.
-        package: import name of the package that must be installed.
-        kernel: whether it is a Triton kernel, which needs a GPU or the interpreter.
-        softcap, interior: whether it has a softcap; whether it has divergences other than the forward KL.
-        dtypes: that it supports.
-        whole: float32 tensors of [N, V] that it holds at its peak, about; 0 if it works in chunks.
-    """
+    """One implementation of the losses of some suites."""
 
     name: str
     suites: tuple[str, ...]
-    build: Callable[[Case], Loss]
-    gives: str | Mapping[str, str] = "loss"
-    limit: float = WRONG
-    rounding: bool = False
-    compiled: bool = False
-    package: str | None = None
-    kernel: bool = False
-    softcap: bool = True
-    interior: bool = True
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    whole: float = 0.0
+    build: Callable[[Case], Loss]  # the loss of a case, through the implementation's public API with its defaults
+    gives: str | Mapping[str, str] = "loss"  # what a call returns besides the gradient, or that by ``Case.kind``
+    limit: float = WRONG  # relative error of loss or gradient above which it is not timed
+    rounding: bool = False  # rounds the logits of bfloat16 heads to bfloat16
+    compiled: bool = False  # by ``torch.compile``, which takes a large part of a minute
+    package: str | None = None  # import name of the package that must be installed
+    kernel: bool = False  # a Triton kernel, which needs a GPU or the interpreter
+    softcap: bool = True  # has a softcap
+    interior: bool = True  # has divergences other than the forward KL
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # that it supports
+    whole: float = 0.0  # float32 tensors of [N, V] that it holds at its peak, about; 0 if it works in chunks
 
     def gives_for(self, case: Case) -> str:
         return self.gives if isinstance(self.gives, str) else self.gives[case.kind]
@@ -150,7 +134,7 @@ def our_rows(case: Case) -> Loss:
 
 
 def known_traffic(case: Case) -> int | None:
-    """Bytes of logits that our kernels move: for the statistics (twice for a JSD) and for the gradient; else None."""
+    """Bytes of logits that our kernels move for the statistics (twice for a JSD) and for the gradient, if known."""
     reads = {"logits": 4 if case.beta in (0, 1) else 6, "tokens": 2}.get(case.suite)
     return None if reads is None else (reads * case.unmasked + case.n) * case.v * case.itemsize
 
@@ -290,9 +274,9 @@ def trl_linear_tokens(case: Case) -> Loss:
     from trl.kernels import ChunkedLogProbFunction
 
     def run(i: Inputs) -> Tensor:
-        hidden, labels = i.unmasked("hidden", "labels")
-        options = 1.0, VOCABULARY_CHUNK, case.softcap, 1.0, ("entropy",)
-        return -ChunkedLogProbFunction.apply(hidden, i["weight"], None, labels, *options)[0].mean()
+        hidden, weight, labels = i.unmasked("hidden", "weight", "labels")
+        options = 1.0, 32768, case.softcap, 1.0, ("entropy",)  # the vocabulary chunk of trl's trainers
+        return -ChunkedLogProbFunction.apply(hidden, weight, None, labels, *options)[0].mean()
 
     return run
 
@@ -363,7 +347,7 @@ OUR_GIVES = {
 }
 PLAIN_GIVES = {**OUR_GIVES, "topk": "loss, log-probability, entropy", "tokens": "log-probability, entropy"}
 DENSE = ("logits", "linear")
-LIGER = {"package": "liger_kernel", "softcap": False}
+LIGER: dict[str, Any] = {"package": "liger_kernel", "softcap": False}
 ALL: tuple[Peer, ...] = (
     Peer("caop_fast", SUITES, ours, OUR_GIVES),
     Peer("caop_fast-min", ("linear",), lambda c: ours(c, memory="min"), STATISTICS),

@@ -37,16 +37,7 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "liger-kernel", "trl", "
 
 @dataclass(frozen=True)
 class Shape:
-    """What tells the cases of a suite apart; None where it does not apply, or is not known (after a crash).
-
-    Attributes:
-        model: whose output head it is.
-        dtype: of logits, or of hidden states and heads: "float32", "bfloat16".
-        n, v, h: tokens, vocabulary size, features (None for losses on logits).
-        beta: of the divergence; None where the suite has none.
-        head_trained: whether the head gets a gradient; None for losses on logits.
-        masked: share of the tokens whose label is -100.
-    """
+    """What tells the cases of a suite apart, as in ``cases.Case``; None where it does not apply, or is not known."""
 
     model: str | None = None
     dtype: str | None = None
@@ -60,45 +51,29 @@ class Shape:
 
 @dataclass(frozen=True)
 class Record:
-    """One implementation on one case.
+    """One implementation on one case."""
 
-    Attributes:
-        suite: one of ``cases.SUITES``, or "step".
-        case: names the inputs within the suite; the same for every implementation.
-        impl: "caop_fast", or a peer's name.
-        status, reason: see ``Status``; ``reason`` is None when ok.
-        time_ms: median of a forward and backward; low and high are the 20 % and 80 % quantiles of ``rounds``.
-        floor_ms, floor: lower bound of the time and its kind, see ``measure.Floor``.
-        gbps: for losses on logits, the floor's bytes over the time, in 1e9 bytes/s.
-        traffic_gbps: the bytes the implementation is known to read and write over the time; None if not known.
-        tflops: for linear losses, the floor's operations over the time, in 1e12/s.
-        peak_bytes: peak memory beyond the inputs (gradients of the inputs count).
-        loss_error, grad_error: |value - reference| / |reference| (Euclidean norms), the reference in float64; the
-            largest of all gradients.
-        gives: what is returned besides the gradient.
-        extra: "errors" by input, "host_ms" (see ``measure.host_ms``), "again_ms" and "floor_again_ms" (measured behind
-            all others), and what only ``step`` has (tokens_per_s, split_ms, layers, ...).
-    """
-
-    suite: str
-    case: str
-    impl: str
+    suite: str  # one of ``cases.SUITES``, or "step"
+    case: str  # names the inputs within the suite; the same for every implementation
+    impl: str  # "caop_fast", or a peer's name
     status: Status = "ok"
-    reason: str | None = None
+    reason: str | None = None  # None when ok
     shape: Shape = Shape()
-    time_ms: float | None = None
-    time_low_ms: float | None = None
+    time_ms: float | None = None  # median of a forward and backward
+    time_low_ms: float | None = None  # 20 % and 80 % quantiles of ``rounds``
     time_high_ms: float | None = None
     rounds: int = 0
-    floor_ms: float | None = None
+    floor_ms: float | None = None  # lower bound of the time, see ``measure.Floor``
     floor: str | None = None
-    gbps: float | None = None
-    traffic_gbps: float | None = None
-    tflops: float | None = None
-    peak_bytes: int | None = None
-    loss_error: float | None = None
-    grad_error: float | None = None
-    gives: str | None = None
+    gbps: float | None = None  # for losses on logits, the floor's bytes over the time, in 1e9 bytes/s
+    traffic_gbps: float | None = None  # the bytes it is known to read and write over the time; None if not known
+    tflops: float | None = None  # for linear losses, the floor's operations over the time, in 1e12/s
+    peak_bytes: int | None = None  # peak memory beyond the inputs (gradients of the inputs count)
+    loss_error: float | None = None  # |value - reference| / |reference| (Euclidean norms), the reference in float64
+    grad_error: float | None = None  # the same, the largest of all gradients
+    gives: str | None = None  # what is returned besides the gradient
+    # "errors" by input, "host_ms" (see ``measure.host_ms``), "again_ms" and "floor_again_ms" (measured behind all
+    # others), and what only ``step`` has (tokens_per_s, split_ms, layers, ...).
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -189,7 +164,7 @@ def load(path: Path) -> Results:
 
 def header(kind: str) -> dict[str, Any]:
     """The hardware ("cuda" or "cpu") and software of this process."""
-    gpu, versions = kind == "cuda", {}
+    gpu, versions = kind == "cuda", dict[str, str | None]()
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -1,6 +1,6 @@
 """RESULTS.md and a page for each results file, made from the records alone: the same bytes on every machine.
 
-python -m benchmarks.report                             RESULTS.md, results/<stem>.md and results/<stem>.png
+python -m benchmarks.report                             RESULTS.md and results/<stem>.md
 python -m benchmarks.report --check                     exit code 1 and a diff if the records give other pages
 python -m benchmarks.report --results DIR --out FILE    elsewhere; the pages lie beside the results files in DIR
 """
@@ -200,12 +200,11 @@ def row(case: Case, r: Record) -> dict[str, str]:
 
 
 def series(results: Results) -> list[list[list[Record]]]:
-    """Records that differ in N only, by implementation; at 3 sizes or more, the longest of the linear loss last."""
+    """Records that differ in N only, by implementation, at 3 sizes or more."""
     found: dict[tuple[str, Shape], Any] = defaultdict(lambda: defaultdict(list))
     for r in (r for case in cases(results) for r in case.values() if r.shape.n and r.peak_bytes):
         found[r.suite, replace(r.shape, n=None)][r.impl].append(r)
-    able = [[rs for rs in same.values() if len({r.shape.n for r in rs}) >= 3] for same in found.values()]
-    return sorted(filter(None, able), key=lambda same: (same[0][0].suite == "linear", len(same[0])))
+    return [[rs for rs in same.values() if len({r.shape.n for r in rs}) >= 3] for same in found.values()]
 
 
 def exponent(records: list[Record], name: str) -> str:
@@ -214,7 +213,7 @@ def exponent(records: list[Record], name: str) -> str:
     return f"{statistics.linear_regression(x, y).slope:.2f}"
 
 
-def page(results: Results, picture: bool) -> str:
+def page(results: Results) -> str:
     """All that a results file holds."""
     head, every = results.header, [(case, r) for case in cases(results) for r in case.values()]
     shown = {name: value for name, value in head.items() if name not in HIDDEN and value not in (None, "")}
@@ -226,8 +225,7 @@ def page(results: Results, picture: bool) -> str:
         if drift := sorted(later / first for later, first in times if later and first):
             text = f"{number(statistics.median(drift), 'x')} ({number(drift[0])}–{number(drift[-1])})"
             lines.append(f"- {what} measured again at the end of its case: {text}")
-    link = f"![time and memory against N]({results.path.stem}.png)" if picture else "No picture: without matplotlib."
-    lines += ["", link, ""] if series(results) else [""]
+    lines.append("")
     for key, same in groupby(every, lambda item: f"{escape(item[1].suite)}, {escape(item[1].shape.dtype or '–')}"):
         lines += [f"## {key}", "", *table(rows := [row(*item) for item in same])]
         lines += ["†: bound by the host launching kernels.", ""] if any("†" in r["time, ms"] for r in rows) else []
@@ -240,29 +238,6 @@ def page(results: Results, picture: bool) -> str:
     failed = Counter((r.status, r.reason or "–", r.impl) for r in results.records if r.status != "ok")
     rows = [dict(zip(UNMEASURED, map(escape, (*key, count)), strict=True)) for key, count in sorted(failed.items())]
     return "\n".join([*lines, *table(rows)]).rstrip() + "\n"
-
-
-def draw(results: Results, path: Path) -> None:
-    """Time and memory against N of the last series; no picture without matplotlib."""
-    path.unlink(missing_ok=True)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("no pictures: matplotlib is not installed")
-    for same in series(results)[-1:]:
-        figure, sizes = Figure(figsize=(11, 4.5), layout="constrained"), [r.shape.n for r in same[0]]
-        for axes, name, scale in zip(figure.subplots(1, 2), ("time_ms", "peak_bytes"), (1, 1e-6), strict=True):
-            for rs in same:
-                y, width = [scale * getattr(r, name) for r in rs], 4 if rs[0].impl == OURS else 1.5
-                axes.loglog([r.shape.n for r in rs], y, "o-", label=rs[0].impl.replace("$", ""), linewidth=width)
-            axes.set(xlabel="tokens N", ylabel="time, ms" if scale == 1 else "memory, MB")
-            axes.set_xticks(sizes, map(str, sizes))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
-            axes.grid(color="#dde1e6")
-        figure.suptitle(re.sub(r" N=\d+|\$", "", f"{results.header.get('device')}: {rs[0].suite} {rs[0].case}"))
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
-        figure.savefig(path, dpi=100)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -282,9 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"times of Triton's interpreter: {played}" if played else f"no results file in {options.results}")
     found.sort(key=lambda r: (on_gpu(r), str(r.header.get("date")), r.path.name), reverse=True)
     texts = {out: summary(found, Path(os.path.relpath(options.results, out.resolve().parent)).as_posix())}
-    for r in [] if options.check else found:
-        draw(r, r.path.with_suffix(".png"))
-    texts |= {r.path.with_suffix(".md"): page(r, r.path.with_suffix(".png").is_file()) for r in found}
+    texts |= {r.path.with_suffix(".md"): page(r) for r in found}
     for path, text in texts.items():
         there = path.read_bytes().decode(errors="replace") if path.is_file() else ""
         if options.check and there != text:

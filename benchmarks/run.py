@@ -28,6 +28,7 @@ from benchmarks.measure import Wrong
 from benchmarks.peers import Loss, Peer, known_traffic
 from benchmarks.records import OURS, Record, quantiles
 from benchmarks.step import StepBench, StepCase, needed_bytes
+from tools.device_tests import alive
 
 T = TypeVar("T")
 SAMPLED = 64  # tokens and ids, of all, whose rows of the gradients are compared with float64
@@ -66,8 +67,8 @@ class Bench:
         gradients = {name: gradient / UPSTREAM for name, gradient in self.inputs.gradients().items()}
         errors = self.reference.errors(value, gradients)
         del value, gradients
-        highest_loss, highest = peer.limits(self.case)
-        if not all(error <= (highest_loss if name == "loss" else highest) for name, error in errors.items()):
+        limits = peer.limits(self.case)
+        if not all(error <= limits[name != "loss"] for name, error in errors.items()):
             raise Wrong(", ".join(f"{name} error {error:.2g}" for name, error in errors.items()))
         self.inputs.clear()  # gradients freed during the step would lower its peak
         return errors, measure.peak(step(loss, self.inputs), self.device), loss
@@ -167,15 +168,15 @@ def refusal(case: Case | StepCase, impl: str, device: torch.device) -> str | Non
     return peers.too_large(needed_bytes(case, impl), device)
 
 
-def measured(case: Case | StepCase, impl: str, setting: Setting) -> Record:
-    """The record of an implementation; what goes wrong becomes its status.
+def measured(case: Case | StepCase, impl: str, setting: Setting, *timing: Any) -> Record:
+    """The record of an implementation, see ``Bench.measure``; what goes wrong becomes its status.
 
     No traceback, and so no tensor of the frames, is referenced after the return.
     """
     record, device = case.record(impl), torch.device(setting.device)
     try:
         reason = refusal(case, impl, device)
-        return record.failed("skipped", reason) if reason else prepared(case, setting).measure(impl)
+        return record.failed("skipped", reason) if reason else prepared(case, setting).measure(impl, *timing)
     except Wrong as error:
         return record.failed("wrong", str(error))
     except Exception as error:
@@ -216,7 +217,7 @@ def release() -> None:
 def dead(error: BaseException) -> bool:
     """Whether ``error`` left the GPU of this process unusable; the GPU is asked, since messages differ."""
     accelerator = isinstance(error, RuntimeError) and torch.cuda.is_initialized()
-    return accelerator and not measure.alive(torch.device("cuda"))
+    return accelerator and not alive()
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -233,7 +234,7 @@ def last_line(error: BaseException) -> str:
 
 
 class Lost(RuntimeError):
-    """A worker ended, or was stopped, before it answered."""
+    """A worker ended, or was stopped after the seconds it had, before it answered."""
 
 
 class Worker:
@@ -243,15 +244,8 @@ class Worker:
         self._process: multiprocessing.process.BaseProcess | None = None
 
     def call(self, seconds: float, function: Callable[..., T], *arguments: Any) -> T:
-        """``function(*arguments)`` in the process.
-
-        Raises:
-            Lost: it did not answer within ``seconds``, and was stopped, or it ended.
-            Exception: what the function raised.
-        """
-        if self._process is None:
-            self._start()
-        process, pipe = self._process, self._pipe
+        """``function(*arguments)`` there. Raises a RuntimeError for what that raised, and ``Lost``, see there."""
+        process, pipe = self._process or self._start(), self._pipe
         pipe.send((function, arguments))
         ready = multiprocessing.connection.wait([pipe, process.sentinel], seconds)
         try:
@@ -267,12 +261,13 @@ class Worker:
             raise error
         return answer
 
-    def _start(self) -> None:
+    def _start(self) -> multiprocessing.process.BaseProcess:
         context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=False)
+        self._process = context.Process(target=_serve, args=(theirs,))
         self._process.start()
         theirs.close()
+        return self._process
 
     def stop(self, seconds: float = 0.0) -> None:
         """End the process; it has ``seconds`` to end by itself, which it does unless it hangs."""

@@ -276,7 +276,11 @@ class StepBench:
             "loss": loss, "sampled": sampled,
         }  # fmt: skip
         shape = replace(record.shape, n=extra["tokens"])
-        found = {"peak_bytes": used, "loss_error": errors.pop("loss"), "grad_error": max(errors.values())}
+        found: dict[str, Any] = {
+            "peak_bytes": used,
+            "loss_error": errors.pop("loss"),
+            "grad_error": max(errors.values()),
+        }
         return replace(record, shape=shape, **quantiles(ms), **found, gives="an updated student", extra=extra)
 
     def clear(self) -> None:

@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import cases, measure, peers, step
 from benchmarks.cases import Case
-from benchmarks.run import Setting, last_line, out_of_memory, prepared, refusal, release
+from benchmarks.run import Setting, measured, prepared
 from benchmarks.step import FIRST_SEED, StepBench, StepCase
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,28 +55,14 @@ def setting() -> Setting:
 def test_speed(
     benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str], setting: Setting, case: Case | StepCase, impl: str
 ) -> None:
-    reason = refusal(case, impl, DEVICE)
-    if reason is not None:
-        pytest.skip(f"{impl}: {reason}")
-    mine = impl.startswith("caop_fast")
     benchmark.group = f"{case.record('').suite}: {case.name}"
-    try:
-        bench = prepared(case, setting)
-        if isinstance(bench, StepBench):
-            found, seeds = bench.measure(impl), itertools.count(FIRST_SEED)
-            benchmark.pedantic(bench.step, setup=lambda: ((impl, next(seeds)), {}), rounds=2, iterations=1)
-        else:
-            found = bench.measure(impl, partial(timed_by, benchmark))
-    except measure.Wrong as error:
-        (pytest.fail if mine else pytest.xfail)(f"{impl} is wrong: {error}")
-    except Exception as error:
-        if out_of_memory(error):
-            pytest.skip(f"{impl}: out of memory")
-        if mine:
-            raise
-        pytest.xfail(f"{impl}: {last_line(error)}")  # such as a missing compiler
-    finally:
-        release()
+    found = measured(case, impl, setting, *([partial(timed_by, benchmark)] if isinstance(case, Case) else []))
+    if found.status != "ok":
+        tell = pytest.skip if found.status in ("skipped", "oom") else pytest.xfail
+        (pytest.fail if tell is pytest.xfail and impl.startswith("caop_fast") else tell)(str(found))
+    if isinstance(bench := prepared(case, setting), StepBench):
+        seeds = itertools.count(FIRST_SEED)
+        benchmark.pedantic(bench.step, setup=lambda: ((impl, next(seeds)), {}), rounds=2, iterations=1)
     benchmark.extra_info.update(found.row())
     with capsys.disabled():
         print(f"\n{found}", end="")

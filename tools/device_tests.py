@@ -134,14 +134,15 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 
 def pytest_exception_interact(report: pytest.TestReport | pytest.CollectReport) -> None:
     """A process whose device stopped working ends, since no further test could pass in it."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized() and not _alive(torch):
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized() and not alive():
         os.write(STDERR, report.longreprtext.encode())
         os._exit(1)
 
 
-def _alive(torch: Any) -> bool:
-    """After an illegal memory access no call succeeds."""
+def alive() -> bool:
+    """Whether the GPU still works in this process; after an illegal memory access no call succeeds."""
+    import torch
+
     try:
         return torch.ones(2, device="cuda").sum().item() == 2
     except torch.OutOfMemoryError:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import random
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def tables(text: str) -> list[list[dict[str, str]]]:
 
 
 def page(*records: Record, **head: Any) -> str:
-    return report.page(results(*records, **head), picture=True)
+    return report.page(results(*records, **head))
 
 
 def test_numbers() -> None:
@@ -194,7 +193,7 @@ def test_no_text_breaks_a_page() -> None:
 def test_nothing_known_is_no_error() -> None:
     bare = [Record(s, "c", i) for s in ("linear", "logits", "step") for i in ("caop_fast", "plain")]
     found = Results(Path("x.json"), {"format": FORMAT}, [*bare, linear("caop_fast", time_ms=1.0, floor=None)])
-    assert "1.00 (" in report.page(found, picture=False)
+    assert "1.00 (" in report.page(found)
     assert report.summary([found, Results(Path("y.json"), {}, [])], "r")
 
 
@@ -211,7 +210,6 @@ def test_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([*run, "--check"]) == 1, "there is none"
     assert [report.main(run), report.main([*run, "--check"])] == [0, 0]
     files = {path: path.read_bytes() for path in (folder.parent / "RESULTS.md", folder / "a.md")}
-    assert (folder / "a.png").read_bytes()[:4] == b"\x89PNG"
     for path, text in files.items():
         for edited in (text.replace(b"1.50x", b"1.60x"), text + b"\n", text.replace(b"\n", b"\r\n"), b"\xff"):
             path.write_bytes(edited)
@@ -219,8 +217,6 @@ def test_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert path.read_bytes() == edited, "a check writes nothing"
         path.write_bytes(text)
     assert "\n+| linear loss, speed: ours / plain | ≥ 1.5x | 1.50x | yes |" in capsys.readouterr().err
-    (folder / "a.png").unlink()
-    assert report.main([*run, "--check"]) == 1, "a picture is missing"
     found = load(folder / "a.json")
     random.Random(0).shuffle(found.records)
     found.save()
@@ -230,14 +226,10 @@ def test_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([*run, "--check"]) == 1
 
 
-def test_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "a.png").touch()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def test_elsewhere(folder: Path) -> None:
     run = ["--results", str(folder), "--out", str(out := folder.parent / "elsewhere.md")]
     assert report.main(run) == 0
     assert "(results/a.md)" in out.read_text(encoding="utf-8")
-    assert "No picture: without matplotlib." in (folder / "a.md").read_text(encoding="utf-8")
-    monkeypatch.undo()
     assert report.main([*run, "--check"]) == 0
 
 
