@@ -94,7 +94,7 @@ PASSES = {
     "rows": (8, 66),
     "topk": (2, 15),
     "tokens": (2, 14),
-    "confidence": (3, 17),
+    "confidence": (3, 16),
 }
 TRANSCENDENTAL = ("exp", "exp2", "expm1", "log", "log1p")
 
