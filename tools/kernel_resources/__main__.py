@@ -84,10 +84,11 @@ def _layout(record: Mapping[str, Any]) -> str:
     """JSON with one variant per line, so that a change reads well in a diff."""
 
     def targets(found: Mapping[str, Any]) -> str:
-        lines = (
-            ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in f.items()) for f in found.values()
-        )
-        return ",\n".join(f"  {json.dumps(t)}: {{\n{rows}\n  }}" for t, rows in zip(found, lines, strict=True))
+        parts = []
+        for target, rows in found.items():
+            lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+            parts.append(f"  {json.dumps(target)}: {{\n{lines}\n  }}")
+        return ",\n".join(parts)
 
     beside = ",\n".join(f"  {json.dumps(v)}: {{\n{targets(found)}\n  }}" for v, found in record["beside"].items())
     return (
