@@ -140,7 +140,7 @@ class Command:
             self.head["correctness"] = found
             self.results.save()
         found = self.head.get("correctness", {})
-        say("correctness: " + ", ".join(f"{found.get(kind, 0)} {kind}" for kind in ("passed", "failed", "skipped")))
+        say("correctness: " + ", ".join(f"{found.get(kind)} {kind}" for kind in ("passed", "failed", "skipped")))
         return found.get("finished") is True
 
     def ceilings(self) -> bool:
