@@ -135,8 +135,7 @@ def near(n: int, forward_kl: float, peak: float) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("arithmetic", "beta"),
-    [(a, 0.5) for a in ("++", "--", "+-", "??", "contracted")]
-    + [(a, beta) for a in ("++", "??", "contracted") for beta in (0.0, 0.3, 1.0)],
+    [(a, beta) for beta in (0.0, 0.5) for a in ("++", "??", "contracted")] + [("--", 0.5), ("??", 0.3), ("??", 1.0)],
 )
 def test_near_rows_whatever_the_arithmetic(place, arithmetic, beta):
     """KL 1e-6 and 1e-2, flat rows and peaked ones, with approximate instructions as far off as they may be: the signs
