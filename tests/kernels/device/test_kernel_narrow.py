@@ -117,3 +117,41 @@ def test_the_launch_follows_from_what_is_loaded(device, out, monkeypatch):
     flows = upstream(2, "divergence", device=device)
     kernel_gradient(student, teacher, flows=flows, out=None if out is None else padded(2, out, device))
     assert seen == [(4, out is not None)]  # a new tensor has no padding
+
+
+def confidence_gradient(source, out):
+    """Candidates at the ends of tiles; the last row has weight 0."""
+    n, device = source.shape[0], source.device
+    ids, values = torch.tensor([0, 2047, V - 1], device=device), torch.tensor([0.0, 0.5, 1.0], device=device)
+    target, weights = torch.full((n,), 0.4, device=device), (torch.arange(n, device=device) < n - 1).float()
+    options = {"kind": "cross_entropy", "weights": weights, "temperature": 0.7}
+    *_, saved = caop_kernels.confidence_scores(source, ids, values, target, **options)
+    flow = torch.linspace(0.5, 2, n, device=device)
+    return caop_kernels.confidence_scores_gradient(
+        source, ids, values, target, saved, **options, grad_loss=flow, grad_expected=flow, out=out
+    )
+
+
+def topk_gradient(source, out):
+    """Listed columns at the ends of tiles; the last row has weight 0."""
+    n, device = source.shape[0], source.device
+    ids = torch.tensor([[0, 2047, V - 1]], device=device).expand(n, 3).contiguous()
+    logprobs, weights = torch.full((n, 3), -1.5, device=device), (torch.arange(n, device=device) < n - 1).float()
+    options = {"weights": weights, "temperature": 0.7, "beta": 0.3}
+    found = caop_kernels.topk_statistics(source, ids, logprobs, None, **options)
+    return caop_kernels.topk_statistics_gradient(
+        source, ids, logprobs, None, found.saved_statistics, found.student_entropy, **options,
+        grad_divergence=torch.linspace(0.5, 2, n, device=device), out=out,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("gradient", [confidence_gradient, topk_gradient])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_other_gradients_rounded_once_and_nothing_beside_them(device, gradient, dtype):
+    source = in_padded_rows(logits("normal", 4, V, torch.float32, device)[0])
+    want, out = gradient(source, None), padded(4, dtype, device)
+    assert gradient(source, out) is out
+    assert want.dtype == torch.float32
+    assert want.abs().max() > 0
+    assert torch.equal(out, want.to(dtype))
+    assert bool((out._base[:, V:] == UNTOUCHED).all())
