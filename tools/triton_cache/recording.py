@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import sys
 import threading
@@ -40,7 +41,7 @@ from tools.triton_cache.journal import CACHED, FOLDER, write
 TARGET = GPUTarget("cuda", 90, 32)
 GPU = torch.device("cuda", 0)
 MEMORY = 80 << 30
-MOST_FLOPS = 1 << 25  # of a product that is computed; larger ones are 0
+MOST_FLOPS, MOST = 1 << 30, 1 << 25  # of a product, and random numbers of a tensor, that are computed; others are 0
 _started = threading.Lock()
 
 
@@ -120,11 +121,13 @@ class Driver:
 FACTORIES = """arange as_tensor asarray empty empty_like empty_strided eye full full_like linspace logspace normal ones
 ones_like rand rand_like randint randint_like randn randn_like randperm scalar_tensor tensor zeros zeros_like"""
 METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros to"
-PRODUCTS = "addmm bmm mm"
+PRODUCTS = " addmm bmm matmul mm"
 
 
 def on_cpu(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """``function`` with the CPU for CUDA among its arguments. Products with ``out_dtype`` are emulated.
+    """``function`` with the CPU for CUDA among its arguments.
+
+    Products with ``out_dtype`` are emulated. Neither large products nor many random numbers are computed.
 
     Nobody knows any more where a tensor that is moved comes from. One whose address or gaps could show in a key is
     taken to come from the CPU, and copied: the kernels get what the GPU's allocator would give them.
@@ -132,8 +135,12 @@ def on_cpu(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if name in PRODUCTS.split() and kwargs.get("out_dtype") is not None:
+        if name.strip("_") in PRODUCTS.split() and (
+            kwargs.get("out_dtype") is not None or flops(*args[-2:]) > MOST_FLOPS
+        ):
             return product(*args, **kwargs)
+        if name in ("rand", "randn") and math.prod(torch.Size(args if isinstance(args[0], int) else args[0])) > MOST:
+            return torch.zeros(*args, **{key: value for key, value in kwargs.items() if key != "generator"})
         made = function(*map(to_cpu, args), **{key: to_cpu(value) for key, value in kwargs.items()})
         if "empty" in name and made.device.type == GPU.type:
             return made.zero_()
@@ -154,14 +161,25 @@ def to_cpu(value: Any) -> Any:
     return torch.device("cpu") if is_gpu(value) else value
 
 
-def product(*operands: Any, out_dtype: torch.dtype, out: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
-    """``torch.mm``, ``bmm`` or ``addmm`` (three operands) with ``out_dtype``, which the CPU lacks."""
+def flops(first: torch.Tensor, second: torch.Tensor) -> int:
+    return 2 * first.numel() * second.shape[-1] if second.ndim > 1 else 0
+
+
+def product(
+    *operands: Any, out_dtype: torch.dtype | None = None, out: torch.Tensor | None = None, **_: Any
+) -> torch.Tensor:
+    """``torch.mm``, ``bmm``, ``matmul``, or ``addmm`` (three operands) with ``out_dtype``, which the CPU lacks.
+
+    A large one is 0, but has a gradient where the operands have one.
+    """
     *added, first, second = operands
-    if 2 * first.numel() * second.shape[-1] <= MOST_FLOPS:
-        found = first.to(out_dtype) @ second.to(out_dtype)
-        found = sum(added, found)
+    dtype = out_dtype or first.dtype
+    if flops(first, second) <= MOST_FLOPS:
+        found = first.to(dtype) @ second.to(dtype)
     else:
-        found = torch.zeros(*first.shape[:-1], second.shape[-1], dtype=out_dtype)
+        corners = (operand[(0,) * operand.ndim].to(dtype) for operand in (first, second))
+        found = torch.zeros(*first.shape[:-1], second.shape[-1], dtype=dtype) + 0 * sum(corners)
+    found = sum(added, found)
     return found if out is None else out.copy_(found)
 
 
@@ -202,10 +220,12 @@ def stand_in() -> None:
     torch.Tensor.get_device = lambda self: 0  # type: ignore[method-assign]
     torch.Generator = CPUGenerator  # type: ignore[misc]
     torch.compile = lambda model=None, **_: (lambda function: function) if model is None else model  # type: ignore
+    profile, activities = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
+    torch.profiler.profile = lambda **options: profile(**options | {"activities": activities})  # type: ignore
     torch.testing.assert_close = nothing
     for name in ("allclose", "array_equal", "array_almost_equal", "array_less", "equal"):
         setattr(numpy.testing, f"assert_{name}", nothing)
-    for owner, names in ((torch, FACTORIES), (torch, PRODUCTS), (torch.Tensor, METHODS)):
+    for owner, names in ((torch, FACTORIES + PRODUCTS), (torch.Tensor, METHODS + PRODUCTS + " __matmul__")):
         for name in names.split():
             known: Any = getattr(owner, name)
             setattr(owner, name, on_cpu(known, name))
