@@ -81,7 +81,7 @@ class Spec:
         memory: "balanced" or "min"; None for ``linear_distillation_rows``.
         shared: both models have the same head.
         frozen: the head gets no gradient.
-        blocks: gradients are computed in vocabulary blocks of the smallest size, as for many tokens.
+        blocks: logits are computed in the smallest chunks and vocabulary blocks, as for many tokens.
         flows: outputs with an upstream gradient.
         rare: in full size only.
     """
@@ -128,10 +128,11 @@ class Spec:
         return ", ".join(parts)
 
     def block_sizes(self) -> AbstractContextManager[object]:
-        """Within it the losses choose the smallest vocabulary blocks, if ``blocks``."""
+        """Within it the losses choose the smallest chunks and vocabulary blocks, if ``blocks``."""
         if not self.blocks:
             return nullcontext()
-        return mock.patch.multiple("caop_fast.losses.linear.chunking", CPU_BLOCK_BYTES=1, DEVICE_BLOCK_BYTES=1)
+        sizes = dict.fromkeys(("CPU_BLOCK_BYTES", "DEVICE_BLOCK_BYTES", "CPU_CHUNK_BYTES", "DEVICE_CHUNK_BYTES"), 1)
+        return mock.patch.multiple("caop_fast.losses.linear.chunking", **sizes)
 
     def shaped(self, rows: Tensor) -> Tensor:
         """[N, ...], or [2, N / 2, ...] if ``leading``."""

@@ -39,6 +39,7 @@ LOSS_SPECS = (
     Spec(memory="min", n=1, beta=1.0),
     Spec(memory="balanced", weights="zero"),
     Spec(memory="min", weights="zero", labels=True),
+    Spec("bfloat16", memory="balanced", blocks=True, beta=0.3, weights="nan", labels=True),
     Spec("bfloat16", memory="min", vocab="large", beta=0.3, labels=True, rare=True),
     Spec("float16", memory="balanced", beta=1.0, weights="nan", chunk_size=5, rare=True),
     Spec("bfloat16", memory="min", beta=1.0, logits="near", rare=True),
