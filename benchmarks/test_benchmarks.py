@@ -2,8 +2,7 @@
 
     python -m pytest benchmarks --benchmark-columns=median,iqr,rounds     -k linear-topk selects a suite
 
-On a GPU the reference cases, else small ones that take minutes. The record is printed, and stored as ``extra_info`` in
-the JSON file of pytest-benchmark.
+On a GPU the reference cases, else small ones. The record is printed, and stored as ``extra_info`` in the JSON file.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ from benchmarks.step import FIRST_SEED, StepBench, StepCase
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SECONDS = {"cuda": 1.0, "cpu": 0.4}[DEVICE.type]  # of timed rounds
-SELECTION = cases.targets() if DEVICE.type == "cuda" else cases.quick()
-STEPS = step.SELECTIONS["cuda" if DEVICE.type == "cuda" else "quick"]
+SELECTION, STEPS = (cases.targets(), "cuda") if DEVICE.type == "cuda" else (cases.quick(), "quick")
 PAIRS: list[tuple[Case | StepCase, str]] = [
     *((case, p.name) for case in SELECTION for p in peers.of_case(case) if p.name != "official-compiled"),
-    *((case, impl) for case in STEPS for impl in step.IMPLEMENTATIONS),
+    *((case, impl) for case in step.SELECTIONS[STEPS] for impl in step.IMPLEMENTATIONS),
 ]
 
 
