@@ -3,7 +3,8 @@
     python -m benchmarks.gpu --minutes 8 --out DIR
 
 Every record and every outcome of a test is on disk as soon as it is known, and the same command goes on where the last
-one stopped. It needs torch, triton, numpy, pytest and pytest-xdist (transformers for training steps), and a checkout.
+one stopped. It needs torch, triton, numpy, pytest and pytest-xdist (transformers for training steps), and a checkout:
+installed, or with ``PYTHONPATH=.:kernels``.
 Peers: liger-kernel, trl (with datasets, which its kernels import), cut-cross-entropy, flash-attn.
 """
 
@@ -15,6 +16,7 @@ import functools
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,18 +25,21 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers, run, step
-from benchmarks.cases import STAGES, Case
-from benchmarks.records import RESULTS, Record, Results, file_name, header, load
+from benchmarks import peers, report, run, step
+from benchmarks.cases import STAGES, SUITES, Case
+from benchmarks.records import OURS, RESULTS, Record, Results, file_name, header, load
 from benchmarks.run import Lost, Setting, Worker
 from benchmarks.step import StepCase
 from tools import device_tests
-from tools.triton_cache.pack import unpack
+from tools.triton_cache.pack import foreign, unpack
 
 say = functools.partial(print, flush=True)
 ORDER = ("correctness", "targets", "profile", "compiled", "sweep", "steps", "rest")
 # Header fields that must be equal in a run that is resumed.
-SAME = ("device", "device_id", "driver", "cuda", "sources", "interpreted", "versions", "cpu_capability", "threads")
+SAME = (
+    *("device", "device_id", "driver", "cuda", "sources", "interpreted", "versions", "cpu_capability", "threads"),
+    *("cases", "seconds", "rounds"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,15 +49,16 @@ def main(argv: list[str] | None = None) -> int:
         print("PyTorch finds no CUDA or ROCm device; --device cpu runs the same on a CPU", file=sys.stderr)
         return 2
     if options.triton_cache is not None:  # for the processes that this one starts
-        os.environ["TRITON_CACHE_DIR"] = str((options.out / "triton-cache").absolute())
-        unpack(options.triton_cache, options.out / "triton-cache")
+        folder = os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-cache-")
+        for name, (theirs, here) in foreign(unpack(options.triton_cache, Path(folder))).items():
+            say(f"the Triton cache is of no use, all will be compiled: {name} is {here}, it was {theirs}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes are stopped
     typed = [Path(a).name if os.path.isabs(a) else a for a in (sys.argv[1:] if argv is None else argv)]
-    command = Command(options, ["python -m benchmarks.gpu", *typed])
+    worker = Worker()
     try:
-        return command.run()
+        return Command(options, ["python -m benchmarks.gpu", *typed], worker).run()
     finally:
-        command.worker.stop(5.0)
+        worker.stop(5.0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,13 +84,14 @@ def parser() -> argparse.ArgumentParser:
 class Command:
     """One run of the command: what is left to measure is measured into ``results`` until ``deadline``."""
 
-    def __init__(self, options: argparse.Namespace, typed: Sequence[str]) -> None:
-        self.options, self.worker = options, Worker()
+    def __init__(self, options: argparse.Namespace, typed: Sequence[str], worker: Worker) -> None:
+        self.options, self.worker = options, worker
         self.deadline = time.monotonic() + 60 * options.minutes
         self.patience = options.patience or (75.0 if options.device == "cuda" else 900.0)
         self.cases = options.cases or options.device
         # In the worker, since the process that stays must not use the device.
-        found = {**self.call(header, options.device), "command": " ".join(typed)}
+        effort = {"cases": self.cases, "seconds": options.seconds, "rounds": options.rounds}
+        found = {**self.call(header, options.device), "command": " ".join(typed), **effort}
         self.results = open_results(options.out, found, fresh=options.fresh)
         self.head = self.results.header
         self.setting = Setting(options.device, 1.0, options.seconds, options.rounds)
@@ -99,10 +106,13 @@ class Command:
         self.results.save()
         end = "" if finished else "; not all was measured, run it again"
         say(f"{len(self.results.records)} records in {self.results.path}{end}")
-        failed = self.head.get("correctness", {}).get("failed", 0)
-        if failed:
-            print(f"{failed} correctness tests FAILED: the times are of incorrect code", file=sys.stderr)
-        return 1 if failed else 0
+        say("\n".join(report.table(report.targets(self.results))))
+        failures = self.head.get("correctness", {}).get("failures", [])
+        for failure in failures:
+            say(f"FAILED  {failure}")
+        if failures:
+            print(f"{len(failures)} correctness tests FAILED: the times are of incorrect code", file=sys.stderr)
+        return 1 if failures else 0
 
     def stage(self, name: str) -> bool:
         """Whether all of a stage is done now."""
@@ -131,15 +141,12 @@ class Command:
 
     def correctness(self) -> bool:
         seconds = min(60 * self.options.correctness_minutes, self.deadline - time.monotonic())
-        if self.head.get("correctness", {}).get("finished") is not True and seconds > 0:
+        found, select = self.head.get("correctness", {}), self.options.correctness_tests
+        if (not found.get("finished") or found["failed"] or found["select"] != select) and seconds > 0:
             outcomes = self.results.path.with_suffix(".tests.jsonl")
-            select = self.options.correctness_tests
             found = device_tests.check(self.options.device, outcomes, seconds=seconds, select=select)
-            for failure in found["failures"]:
-                say(f"FAILED  {failure}")
-            self.head["correctness"] = found
+            self.head["correctness"] = found = {**found, "select": select}
             self.results.save()
-        found = self.head.get("correctness", {})
         say("correctness: " + ", ".join(f"{found.get(kind)} {kind}" for kind in ("passed", "failed", "skipped")))
         return found.get("finished") is True
 
@@ -157,20 +164,17 @@ class Command:
 
     def profile(self, cases: Sequence[Case]) -> bool:
         found = self.head.setdefault("profile", {})
-        for case in cases:
-            name = f"{case.suite}: {case.name}"
-            if name in found:
+        wanted = {f"{case.suite}: {case.name}": case for case in cases if case.suite in (self.options.suites or SUITES)}
+        for name, case in wanted.items():
+            if name in found or self.late():
                 continue
-            if self.late():
-                return False
             try:
                 found[name] = self.call(run.called, case, self.setting, "profile")
             except (Lost, RuntimeError) as error:
                 self.worker.stop()
                 say(f"profile of {name}: {error}")
-                return False
             self.results.save()
-        return True
+        return found.keys() >= wanted.keys()
 
     def measure(self, case: Case | StepCase, impls: Sequence[str]) -> bool:
         """The implementations that have no record; False if the deadline came first."""
@@ -192,18 +196,13 @@ class Command:
             self.results.add(record)
             say(str(record))
             first = first or (record if record.status == "ok" else None)
-        if first is not None and isinstance(case, Case):
-            self.again(case, first)
+        if first is not None and first.impl == OURS and isinstance(case, Case):
+            try:  # ours and the floor behind all others, which shows what the order did
+                extra = self.call(run.called, case, self.setting, "again", OURS)
+                self.results.add(replace(first, extra={**first.extra, **extra}))
+            except (Lost, RuntimeError):
+                self.worker.stop()
         return True
-
-    def again(self, case: Case, first: Record) -> None:
-        """Measure the first implementation and the floor behind all others, which shows what the order did."""
-        try:
-            extra = self.call(run.called, case, self.setting, "again", first.impl)
-        except (Lost, RuntimeError):
-            self.worker.stop()
-            return
-        self.results.add(replace(first, extra={**first.extra, **extra}))
 
 
 def open_results(folder: Path, found: dict[str, Any], *, fresh: bool) -> Results:

@@ -373,7 +373,7 @@ ALL: tuple[Peer, ...] = (
     Peer("flash-attn-ce", ("tokens",), flash_cross_entropy, package="flash_attn", kernel=True, softcap=False, whole=1),
     Peer("caop_fast-rows", ("linear",), our_rows, f"{STATISTICS}, differentiable per token"),
     Peer("plain-compiled", SUITES, lambda c: _whole(c, official=False, compiled=True), PLAIN_GIVES, rounding=True,
-         compiled=True, whole=4),
+         compiled=True, whole=2.5),
     Peer("official-compiled", DENSE, lambda c: _whole(c, official=True, compiled=True), STATISTICS, rounding=True,
          compiled=True, whole=5),
 )  # fmt: skip

@@ -135,7 +135,7 @@ class Results:
         self.save()
 
     def done(self) -> set[Key]:
-        return {r.key for r in self.records}
+        return {r.key for r in self.records if r.status != "crashed"}  # which another process tries again
 
     def save(self) -> None:
         """Write atomically: a run that is killed at any moment leaves the previous file."""
@@ -171,6 +171,7 @@ def header(kind: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     uuid = getattr(torch.cuda.get_device_properties(kind), "uuid", None) if gpu else None
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None
     return {
         "format": FORMAT,
@@ -191,7 +192,7 @@ def header(kind: str) -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "sources": sources(),
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or os.environ.get("CAOP_COMMIT"),
-        "dirty": bool(_output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")),
+        "dirty": None if changed is None else bool(changed),
     }
 
 
@@ -214,13 +215,9 @@ def file_name(header: dict[str, Any]) -> str:
 
 def _processor() -> str:
     """Its name, and the threads used of it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    except OSError:
-        model = None
-    name = model[1] if model else platform.processor() or platform.machine()
-    return f"{name} ({torch.get_num_threads()} threads)"
+    told = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", told.read_text("utf-8"), re.MULTILINE) if told.is_file() else None
+    return f"{found[1] if found else platform.machine()} ({torch.get_num_threads()} threads)"
 
 
 def _output(*command: str) -> str | None:

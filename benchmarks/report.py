@@ -228,7 +228,11 @@ def page(results: Results) -> str:
     lines.append("")
     for key, same in groupby(every, lambda item: f"{escape(item[1].suite)}, {escape(item[1].shape.dtype or '–')}"):
         lines += [f"## {key}", "", *table(rows := [row(*item) for item in same])]
-        lines += ["†: bound by the host launching kernels.", ""] if any("†" in r["time, ms"] for r in rows) else []
+        lines += (
+            ["†: bound by the host, launching kernels or waiting.", ""]
+            if any("†" in r["time, ms"] for r in rows)
+            else []
+        )
     for name, found in (head.get("profile") or {}).items():
         rows = [{UNITS.get(k, escape(k)): flat(v) for k, v in r.items()} for r in found["rows"]]
         lines += [f"## Where the time goes: {escape(name)}, {number(found['ms'])} ms", "", *table(rows)]

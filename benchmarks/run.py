@@ -13,7 +13,7 @@ import multiprocessing.connection
 import signal
 import statistics
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from benchmarks.measure import Wrong
 from benchmarks.peers import Loss, Peer, known_traffic
 from benchmarks.records import OURS, Record, quantiles
 from benchmarks.step import StepBench, StepCase, needed_bytes
+from caop_fast.losses.linear.lm_head import accumulating_gemms
 from tools.device_tests import alive
 
 T = TypeVar("T")
@@ -200,10 +201,11 @@ def called(case: Case, setting: Setting, method: str, *arguments: Any) -> Any:
 
 
 def ceilings(device: str, seconds: float) -> dict[str, Any]:
-    """The bandwidth of a large copy and the throughput of large matrix products by dtype."""
+    """The bandwidth of a large copy, the throughput of large products by dtype, and which have float32 results."""
     place = torch.device(device)
     tflops = {dtype: measure.gemm_tflops(place, dtype, seconds) for dtype in ("bfloat16", "float32")}
-    return {"copy_gbps": measure.copy_gbps(place, seconds), "gemm_tflops": tflops}
+    wide = accumulating_gemms(place, torch.bfloat16)
+    return {"copy_gbps": measure.copy_gbps(place, seconds), "gemm_tflops": tflops, "bfloat16_to_float32": wide}
 
 
 def release() -> None:
@@ -222,9 +224,8 @@ def dead(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """PyTorch's own error, or that of an allocator or library."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(text in str(error) for text in OUT_OF_MEMORY)
+    own = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return own or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def last_line(error: BaseException) -> str:
@@ -246,17 +247,19 @@ class Worker:
     def call(self, seconds: float, function: Callable[..., T], *arguments: Any) -> T:
         """``function(*arguments)`` there. Raises a RuntimeError for what that raised, and ``Lost``, see there."""
         process, pipe = self._process or self._start(), self._pipe
-        pipe.send((function, arguments))
-        ready = multiprocessing.connection.wait([pipe, process.sentinel], seconds)
+        ready: Sequence[object] = ["it ended before"]
         try:
+            pipe.send((function, arguments))
+            ready = multiprocessing.connection.wait([pipe, process.sentinel], seconds)
             if not pipe.poll():
                 raise EOFError
             answer, error = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             process.join(1 if ready else 0)
-            code = process.exitcode
+            code = process.exitcode or 0
             self.stop()
-            raise Lost(f"the process ended: {_ending(code)}" if ready else f"no answer within {seconds:g} s") from None
+            ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise Lost(f"the process ended: {ending}" if ready else f"no answer within {seconds:g} s") from None
         if error is not None:
             raise error
         return answer
@@ -292,9 +295,3 @@ def _serve(pipe: multiprocessing.connection.Connection) -> None:
         except Exception as raised:
             error = RuntimeError(last_line(raised))
         pipe.send((answer, error))
-
-
-def _ending(code: int | None) -> str:
-    if code is None:
-        return "reason unknown"
-    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name

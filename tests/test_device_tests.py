@@ -75,6 +75,8 @@ def test_a_second_call_runs_what_the_first_did_not_decide(tmp_path: Path) -> Non
     assert (found["passed"], found["failed"], found["finished"]) == (2, 0, True)
     assert (tmp_path / "tests" / "count").read_text() in ("quick slow slow ", "slow quick slow ")
     assert run(tmp_path)["finished"], "nothing is left"
+    outcomes.write_text(outcomes.read_text().replace("passed", "failed"))
+    assert run(tmp_path)["passed"] == 2, "what failed runs again"
 
 
 SKIPS = """

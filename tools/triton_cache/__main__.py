@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import tools.triton_cache
 from tools.triton_cache import compiling, journal
 from tools.triton_cache.pack import foreign, pack, unpack
 
@@ -25,7 +26,10 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.triton_cache", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.triton_cache", description=tools.triton_cache.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, told in (
         ("record", "run Python without a GPU and record which variants it would JIT on one"),
