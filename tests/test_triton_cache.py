@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -12,8 +13,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from triton.runtime import jit
 
-from tools.triton_cache import pack
+from tools.triton_cache import keys, pack
 
 ROOT = Path(__file__).parents[1]
 ASKS = """
@@ -120,6 +122,38 @@ def test_what_was_recorded_and_packed_is_found_by_the_jit(run, tmp_path):
     assert code == 1, said
     assert f"{len(variants)} variants found" in said
     assert "1 not: {'scale': 1}" in said
+
+
+HELPED = """
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+LIMIT: tl.constexpr = tl.constexpr(3)
+
+@JITFunction
+def helper(x):
+    return x + LIMIT
+
+@JITFunction
+def first(x_ptr):
+    tl.store(x_ptr, helper(1))
+
+@JITFunction
+def second(x_ptr):
+    tl.store(x_ptr, helper(2))
+"""
+
+
+def test_keys_do_not_depend_on_the_order_of_launches(tmp_path, monkeypatch):
+    monkeypatch.setattr(jit.DependenciesFinder, "_update_hash", jit.DependenciesFinder._update_hash)
+    monkeypatch.syspath_prepend(tmp_path)
+    keys.settle()
+    found = []
+    for name, order in (("forwards", ("first", "second")), ("backwards", ("second", "first"))):
+        Path(tmp_path, f"{name}.py").write_text(HELPED, encoding="utf-8")
+        module = importlib.import_module(name)
+        found.append({kernel: getattr(module, kernel).cache_key for kernel in order})
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "/tmp/outside.json", "A" * 52 + "/../../x.json", "link"])

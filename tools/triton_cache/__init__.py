@@ -9,7 +9,8 @@ On a machine without a GPU, in an environment with the Python and the Triton of 
 and before the run on the GPU::
 
     python -m tools.triton_cache unpack kernels.tar.xz --cache build/triton
-    TRITON_CACHE_DIR=build/triton python -m ...
+    export TRITON_CACHE_DIR=... TRITON_CACHE_SETTLED_KEYS=1 PYTHONPATH=...    # as unpack prints it; see ``keys``
+    python -m ...
 
 ``record`` takes the arguments of any Python command, whose subprocesses (those of pytest-xdist too) are recorded as
 well: see ``recording``, also for what it cannot see. Tests that ended early may ask for more variants than were

@@ -14,7 +14,7 @@ from typing import Any
 
 import tools.triton_cache
 from tools.triton_cache import compiling, journal
-from tools.triton_cache.pack import foreign, pack, unpack
+from tools.triton_cache.pack import environment, foreign, pack, unpack
 
 ROOT = Path(__file__).parents[2]
 SHOWN = 10  # tests or errors that are printed
@@ -49,17 +49,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(options: argparse.Namespace, **environment: str) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace, **changes: str) -> list[dict[str, Any]]:
     """What the processes of a command wrote."""
     options_of_pytest = f"{os.environ.get('PYTEST_ADDOPTS', '')} --assert=plain -p tools.triton_cache.recording"
     paths = [str(Path(__file__).parent / "startup"), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]
     with tempfile.TemporaryDirectory() as folder:
-        environment |= {
+        changes |= {
             journal.FOLDER: folder, "PYTHONOPTIMIZE": "1",
             "PYTEST_ADDOPTS": options_of_pytest, "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }  # fmt: skip
         inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        code = subprocess.run([sys.executable, *options.arguments], env=inherited | environment).returncode
+        code = subprocess.run([sys.executable, *options.arguments], env=inherited | changes).returncode
         found = list(journal.read(Path(folder)))
     ended = [line for line in found if "ended" in line]
     print(f"exit code {code}; {len(ended)} tests ended early, so what they launch later is not known")
@@ -111,6 +111,7 @@ def pack_(options: argparse.Namespace) -> int:
 def unpack_(options: argparse.Namespace) -> int:
     manifest = unpack(options.file, options.cache)
     print(f"{manifest['variants']} variants of commit {manifest['commit']}, {manifest['date']}, in {options.cache}")
+    print("export " + " ".join(f"{name}={value}" for name, value in environment(options.cache).items()))
     for name, (theirs, ours) in foreign(manifest).items():
         print(f"no use here, all will be compiled: {name} is {ours}, it was compiled with {theirs}")
     return 0

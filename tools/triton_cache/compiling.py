@@ -61,8 +61,10 @@ def prepare(folder: str) -> None:
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import build
 
+    from tools.triton_cache.keys import settle
     from tools.triton_cache.recording import Driver
 
+    settle()
     triton.runtime.driver.set_active(Driver())
     build._load_module_from_path = lambda name, path: mock.Mock()
     triton.knobs.nvidia.libcuda_path = folder

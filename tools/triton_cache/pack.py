@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.triton_cache.compiling import identity
+from tools.triton_cache.keys import SETTLED
 
 MANIFEST = "pack.json"
 GROUP = "__grp__"
@@ -72,6 +74,13 @@ def unpack(packed: Path, cache: Path) -> dict[str, Any]:
             files = json.loads(path.read_text(encoding="utf-8"))["child_paths"]
             path.write_text(json.dumps({"child_paths": {f: str(path.parent / f) for f in files}}), encoding="utf-8")
     return json.loads((cache / MANIFEST).read_text(encoding="utf-8"))
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """What processes need in their environment to find what ``cache`` holds (see ``keys``)."""
+    here = Path(__file__).parent
+    paths = [str(here / "startup"), str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"TRITON_CACHE_DIR": str(cache.absolute()), SETTLED: "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def foreign(manifest: dict[str, Any]) -> dict[str, tuple[str, str]]:

@@ -37,6 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from tools.triton_cache.journal import CACHED, FOLDER, write
+from tools.triton_cache.keys import settle
 
 TARGET = GPUTarget("cuda", 90, 32)
 GPU = torch.device("cuda", 0)
@@ -49,6 +50,7 @@ def start() -> None:
     """Record from here on in this process."""
     if not _started.acquire(blocking=False):
         return
+    settle()
     driver.set_active(Driver())
     if os.environ.get(CACHED) == "1":
         triton.knobs.compilation.listener = tell_cached

@@ -1,4 +1,4 @@
-"""Read by every Python process below ``python -m tools.triton_cache record``: starts recording in it."""
+"""Read by every Python process that has this folder on its path: starts recording in it, or settles Triton's keys."""
 
 import os
 
@@ -6,3 +6,7 @@ if "TRITON_RECORDING" in os.environ:
     from tools.triton_cache import recording
 
     recording.start()
+elif "TRITON_CACHE_SETTLED_KEYS" in os.environ:
+    from tools.triton_cache import keys
+
+    keys.settle()
