@@ -31,7 +31,7 @@ from benchmarks.records import OURS, RESULTS, Record, Results, file_name, header
 from benchmarks.run import Lost, Setting, Worker
 from benchmarks.step import StepCase
 from tools import device_tests
-from tools.triton_cache.pack import foreign, unpack
+from tools.triton_cache.pack import environment, foreign, unpack
 
 say = functools.partial(print, flush=True)
 ORDER = ("correctness", "targets", "profile", "compiled", "sweep", "steps", "rest")
@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         print("PyTorch finds no CUDA or ROCm device; --device cpu runs the same on a CPU", file=sys.stderr)
         return 2
     if options.triton_cache is not None:  # for the processes that this one starts
-        folder = os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-cache-")
-        for name, (theirs, here) in foreign(unpack(options.triton_cache, Path(folder))).items():
+        folder = Path(tempfile.mkdtemp(prefix="triton-cache-"))
+        os.environ.update(environment(folder))
+        for name, (theirs, here) in foreign(unpack(options.triton_cache, folder)).items():
             say(f"the Triton cache is of no use, all will be compiled: {name} is {here}, it was {theirs}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes are stopped
     typed = [Path(a).name if os.path.isabs(a) else a for a in (sys.argv[1:] if argv is None else argv)]
