@@ -35,8 +35,8 @@ from caop_kernels.tuning import chosen
 SUPPORT_SCALE_32 = tl.constexpr(2.0**64)
 SUPPORT_SCALE_64 = tl.constexpr(2.0**960)
 
-# Where three terms of 2^r - 1 do: off by 2e-7 at the ends.
-NEAR = tl.constexpr(1 / 16)
+# Where three terms of 2^r - 1 do: what they leave out, r^4, has one sign and would add up; it is 1e-8 at the ends.
+NEAR = tl.constexpr(1 / 32)
 
 
 class Asked(NamedTuple):

@@ -88,11 +88,11 @@ def exp_excess(x):
 
 @triton.jit
 def power_of_two(n):
-    """2^n of whole numbers n <= 127, put together from its bits; 0 where that is subnormal. `exp2` is off by 2^-22."""
+    """2^n of whole numbers n, put together from its bits; 0 where that is subnormal. `exp2` is off by 2^-22."""
     if n.dtype == tl.float64:
-        bits = (tl.maximum(n, -1023.0).to(tl.int64) + 1023) << 52
+        bits = (tl.minimum(tl.maximum(n, -1023.0), 1024.0).to(tl.int64) + 1023) << 52
     else:
-        bits = (tl.maximum(n, -127.0).to(tl.int32) + 127) << 23
+        bits = (tl.minimum(tl.maximum(n, -127.0), 128.0).to(tl.int32) + 127) << 23
     return bits.to(n.dtype, bitcast=True)
 
 

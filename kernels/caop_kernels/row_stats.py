@@ -149,7 +149,7 @@ def finish_kernel(
             store_live(teacher_lse_ptr, rows, (m_t + tl.log2(z_t)) * LN2, live, mask)
         if teacher_entropy_ptr is not None:
             store_entropy(teacher_entropy_ptr, rows, z_t, a_t, live, mask)
-        near = tl.abs(d) <= 0.5 * z_t
+        near = (tl.abs(d) <= 0.5 * z_t) & (z_s > 0)  # NaN logits may have left d finite
         lr = tl.where(near, log1p(tl.where(near, d / z_t, 0.0)), tl.log(z_s) - tl.log(z_t))
         both = s != s  # one side excludes a column, the other another (or NaN logits: then lr is NaN)
         if FORWARD:

@@ -1,6 +1,7 @@
 """The arithmetic of GPUs in Triton's interpreter, where that has another.
 
-``install`` gives it what every GPU does: multiply-adds rounded once, and bfloat16 rounded to nearest.
+``install`` gives it what every GPU does: multiply-adds rounded once, bfloat16 rounded to nearest, and the other number
+for a maximum or minimum with NaN.
 ``approximations`` adds the errors of NVIDIA's approximate instructions at the bounds that the PTX ISA states:
 
     ex2.approx.ftz.f32    relative 2^-22; exact at 0
@@ -71,6 +72,8 @@ def install() -> None:
     if InterpreterBuilder.create_fma is not create_fma:
         InterpreterBuilder.create_fma = create_fma
         InterpreterBuilder.cast_impl = nearest_bfloat16(InterpreterBuilder.cast_impl)
+        InterpreterBuilder.create_maxnumf = lambda builder, x, y: builder.binary_op(x, y, np.fmax)
+        InterpreterBuilder.create_minnumf = lambda builder, x, y: builder.binary_op(x, y, np.fmin)
 
 
 # Signs of an approximation's error: always +1, always -1, or told from the bits of the argument as if by chance.
