@@ -68,7 +68,9 @@ def check(
 
 def environment(device: str, outcomes: Path) -> dict[str, str]:
     """Of the tests' process: the packages can be imported; Triton is interpreted on a CPU only."""
-    made = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET" or device == "cpu"}
+    made = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}  # of an outer one
+    if device != "cpu":
+        made.pop("TRITON_INTERPRET", None)
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     made |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore", OUTCOMES: str(outcomes.absolute())}
     return {**made, KNOWN: str(len(outcomes.read_text(encoding="utf-8").splitlines()))}

@@ -93,7 +93,6 @@ def listed_gradient_kernel(
             # No gradient of a reverse KL of +inf, nor of a NaN that a comparison has dropped.
             broken = (tl.sum((lp != lp).to(tl.int32), axis=0) > 0) | (total == float("inf")) | (z != z)
             d = tl.where(broken & (d != 0), float("nan"), d)
-            constant += tl.where((z != z) & (d != d), float("nan"), 0.0)  # of ids that are not listed, too
             value += chain(d, h - p_s * total)
             if TAIL == "bucket":
                 h_tail = tl.sum(tl.where(lane == k, h, 0.0), axis=0)

@@ -170,12 +170,13 @@ def test_without_a_gpu_it_says_so(
 
 def test_which_file_is_resumed(tmp_path: Path) -> None:
     """That of the same device, code and versions, and no other."""
-    head = records.header("cpu")
+    head = {**records.header("cpu"), "cases": "cpu", "seconds": 1.0, "rounds": 50}
     first = gpu.open_results(tmp_path, head, fresh=False)
     assert gpu.open_results(tmp_path, head, fresh=False).path == first.path
     assert gpu.open_results(tmp_path, head, fresh=True).path.stem == f"{first.path.stem}-2"
-    other = gpu.open_results(tmp_path, {**head, "sources": "another"}, fresh=False)
-    assert other.path.stem == f"{first.path.stem}-3"
+    for number, change in enumerate(({"sources": "another"}, {"seconds": 0.1}), 3):
+        other = gpu.open_results(tmp_path, {**head, **change}, fresh=False)
+        assert other.path.stem == f"{first.path.stem}-{number}"
     (tmp_path / "no.json").write_text("{}")
     assert gpu.open_results(tmp_path, head, fresh=False).path in (first.path, tmp_path / f"{first.path.stem}-2.json")
 

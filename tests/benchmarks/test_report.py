@@ -140,7 +140,7 @@ def test_rows_of_a_suite() -> None:
     bound = linear("x", time_ms=8.0, extra={"host_ms": 7.2})
     first, second, third = tables(text := page(peer, bound, linear("caop_fast", extra={"host_ms": 8.9})))[0]
     assert [row["time, ms"][:8] for row in (first, second, third)] == ["10.0 (9.", "20.0 (19", "8.00† (9"]
-    assert "†: bound by the host launching kernels" in text
+    assert "†: bound by the host, launching kernels or waiting" in text
     assert [second["relative"], second["relative memory"], second["memory, MB"]] == ["2.00x", "4.00x", "4000"]
     assert [second["floor, ms"], third["floor, ms"]] == ["45.0 % of 9.00", "112 % of 9.00 (no lower bound)"]
     assert [first["loss error"], first["gradient error"], first["returns"]] == ["1.00e-04", "4.00e-03", "loss"]
