@@ -16,6 +16,9 @@ FOLDER = Path(__file__).parent / "device"
 FILES = sorted(path.stem for path in FOLDER.glob("test_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES)
+SLOW = {"test_kernel_tuning": pytest.mark.slow}  # left to make test-full
+
+
+@pytest.mark.parametrize("file", [pytest.param(file, marks=SLOW.get(file, ())) for file in FILES])
 def test_interpreted(file, tmp_path):
     interpreted.check(FOLDER / f"{file}.py", tmp_path)

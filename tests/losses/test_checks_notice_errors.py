@@ -83,6 +83,7 @@ def test_every_public_loss_has_checks() -> None:
     assert 0 < len(SMALL) < len(CHECKS)
 
 
+@pytest.mark.slow
 def test_everything_passes_in_the_interpreter() -> None:
     reason = interpreted.reason_to_skip()
     if reason is not None:

@@ -16,7 +16,10 @@ FOLDER = Path(__file__).parent / "grid"
 FILES = sorted(path.stem for path in FOLDER.glob("test_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES)
+SLOW = {"test_grid_gradcheck": pytest.mark.slow}  # left to make test-full; PyTorch's backend is checked in any case
+
+
+@pytest.mark.parametrize("file", [pytest.param(file, marks=SLOW.get(file, ())) for file in FILES])
 def test_interpreted(file, tmp_path, request):
     arguments = ["--full-grid"] if request.config.getoption("--full-grid") else []
     interpreted.check(FOLDER / f"{file}.py", tmp_path, *arguments)
