@@ -153,8 +153,8 @@ def _is_right(
             product(area[:, :width], *operands)
         except torch.OutOfMemoryError:  # says nothing about the product
             raise
-        except (RuntimeError, TypeError) as error:
-            if any(text in str(error) for text in ("ALLOC_FAILED", "NOT_INITIALIZED", "out of memory")):
+        except (RuntimeError, TypeError) as raised:
+            if any(text in str(raised) for text in ("ALLOC_FAILED", "NOT_INITIALIZED", "out of memory")):
                 raise  # nor does this, and ranks that found different answers would wait for each other
             return False
         found = area.cpu()
