@@ -208,8 +208,8 @@ def stand_in() -> None:
     )  # fmt: skip
     constants = {
         "is_available": True, "is_current_stream_capturing": False, "device_count": 1, "current_device": 0,
-        "get_device_name": properties.name, "get_device_capability": (9, 0), "get_device_properties": properties, "mem_get_info": (MEMORY, MEMORY),
-        "is_bf16_supported": True, "memory_stats": {},
+        "get_device_name": properties.name, "get_device_capability": (9, 0), "get_device_properties": properties,
+        "mem_get_info": (MEMORY, MEMORY), "is_bf16_supported": True, "memory_stats": {},
         **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0),
         **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "set_device", "ipc_collect"), None),
     }  # fmt: skip
