@@ -48,18 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("PyTorch finds no CUDA or ROCm device; --device cpu runs the same on a CPU", file=sys.stderr)
         return 2
-    if options.triton_cache is not None:  # for the processes that this one starts
-        folder = Path(tempfile.mkdtemp(prefix="triton-cache-"))
-        os.environ.update(environment(folder))
-        for name, (theirs, here) in foreign(unpack(options.triton_cache, folder)).items():
-            say(f"the Triton cache is of no use, all will be compiled: {name} is {here}, it was {theirs}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that processes are stopped
     typed = [Path(a).name if os.path.isabs(a) else a for a in (sys.argv[1:] if argv is None else argv)]
-    worker = Worker()
-    try:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, contextlib.closing(Worker()) as worker:
+        if options.triton_cache is not None:  # for the processes that this one starts
+            os.environ.update(environment(Path(folder)))
+            for name, (theirs, here) in foreign(unpack(options.triton_cache, Path(folder))).items():
+                say(f"the Triton cache is of no use, all will be compiled: {name} is {here}, it was {theirs}")
         return Command(options, ["python -m benchmarks.gpu", *typed], worker).run()
-    finally:
-        worker.stop(5.0)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--stages", nargs="+", choices=ORDER, default=ORDER, help="(all)")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--cases", choices=sorted(STAGES), help="those of a device, or tiny ones (those of the device)")
-    add("--suites", nargs="+", metavar="SUITE", help="only these suites")
+    add("--suites", nargs="+", choices=(*SUITES, "step"), help="only these suites")
     add("--impls", nargs="+", choices=[p.name for p in peers.ALL], help="only these implementations")
     add("--seconds", type=float, default=1.0, help="of timed rounds for each implementation (%(default)s)")
     add("--rounds", type=int, default=50, help="at most, for each implementation (%(default)s)")
@@ -120,7 +116,7 @@ class Command:
         started = time.monotonic()
         if name == "correctness":
             done = self.correctness()
-        elif self.late() or not self.ceilings():
+        elif time.monotonic() > self.deadline or not self.ceilings():
             return False
         elif name == "profile":
             done = self.profile(STAGES[self.cases]["profile"]())
@@ -136,9 +132,6 @@ class Command:
         seconds[name] = seconds.get(name, 0.0) + time.monotonic() - started
         say(f"{name}: {seconds[name]:.0f} s")
         return done
-
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
 
     def correctness(self) -> bool:
         seconds = min(60 * self.options.correctness_minutes, self.deadline - time.monotonic())
@@ -167,7 +160,7 @@ class Command:
         found = self.head.setdefault("profile", {})
         wanted = {f"{case.suite}: {case.name}": case for case in cases if case.suite in (self.options.suites or SUITES)}
         for name, case in wanted.items():
-            if name in found or self.late():
+            if name in found or time.monotonic() > self.deadline:
                 continue
             try:
                 found[name] = self.call(run.called, case, self.setting, "profile")
@@ -186,7 +179,7 @@ class Command:
         for impl in impls:
             if case.record(impl).key in done or (only is not None and impl not in only):
                 continue
-            if self.late():
+            if time.monotonic() > self.deadline:
                 return False
             try:
                 record = self.call(run.measured, case, impl, self.setting)

@@ -260,21 +260,21 @@ def _per_token(log_p: Tensor, inputs: Inputs) -> Tensor:
         ids, listed = inputs["teacher_ids"], inputs["teacher_logprobs"].double()
         other = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
         log_t = torch.cat([listed, torch.log1p(-listed.exp().sum(-1, keepdim=True))], -1)
-        return _divergence(torch.cat([log_p.gather(-1, ids), other], -1), log_t, case.beta)
+        return divergence(torch.cat([log_p.gather(-1, ids), other], -1), log_t, case.beta)
     teacher = _logits_of(inputs, "teacher_hidden", "teacher_weight") if case.linear else inputs["teacher"].double()
-    return _divergence(log_p, _log_p(case, teacher), case.beta)
+    return divergence(log_p, _log_p(case, teacher), case.beta)
 
 
-def _divergence(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
-    """KL(t||s) for beta 0, KL(s||t) for 1, between them beta KL(t||m) + (1 - beta) KL(s||m)."""
-
-    def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-
+def divergence(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
+    """KL(t||s) for beta 0, KL(s||t) for 1, between them beta KL(t||m) + (1 - beta) KL(s||m) (last dimension)."""
     if beta in (0, 1):
-        return kl(log_s, log_t) if beta else kl(log_t, log_s)
+        return _kl(log_s, log_t) if beta else _kl(log_t, log_s)
     log_m = torch.logaddexp(math.log(beta) + log_t, math.log(1 - beta) + log_s)
-    return beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
+    return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _score(log_p: Tensor, values: Tensor, target: Tensor) -> Tensor:

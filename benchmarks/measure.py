@@ -10,6 +10,7 @@ import itertools
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,22 +117,19 @@ def profile(step: Step, device: torch.device, copy_gbps: float) -> dict[str, Any
     their shapes, GB/s of Triton kernels from the bytes of their tensors, each counted once; None for other kernels, and
     for those that cannot have touched all of their tensors, such as the ones that change listed ids only.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
     step()
     synchronize(device)
-    with _bytes_of_kernels() as moved, torch.profiler.profile(activities=activities, record_shapes=True) as found:
+    with _bytes_of_kernels() as moved, torch.profiler.profile(record_shapes=True) as found:
         step()
         synchronize(device)
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(("calls", "ms", "operations"), 0.0))
     for event in found.events() or ():
         on_device = event.device_type != torch.autograd.DeviceType.CPU
         operations = _operations(event.name, event.input_shapes)
         for kernel in sorted(event.kernels, key=lambda kernel: kernel.duration)[-1:] if device.type == "cuda" else ():
-            rows.setdefault(kernel.name, dict.fromkeys(("calls", "ms", "operations"), 0.0))["operations"] += operations
+            rows[kernel.name]["operations"] += operations
         if on_device == (device.type == "cuda"):
-            row = rows.setdefault(event.name, dict.fromkeys(("calls", "ms", "operations"), 0.0))
+            row = rows[event.name]
             row["calls"] += 1
             row["ms"] += (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e3
             row["operations"] += 0 if on_device else operations

@@ -30,7 +30,6 @@ ROOT = Path(__file__).parents[1]
 # ok: measured. skipped: not installed, or does not support the case. oom: out of memory. wrong: loss or gradient too
 # far from float64, so not timed. error: raised an exception. crashed: the process died or the device stopped working.
 Status = Literal["ok", "skipped", "oom", "wrong", "error", "crashed"]
-Key = tuple[str, str, str]  # suite, case, implementation
 OURS = "caop_fast"  # the implementation that the others are compared with; its variants begin with that
 PACKAGES = ("torch", "triton", "transformers", "numpy", "liger-kernel", "trl", "cut-cross-entropy", "flash-attn")
 
@@ -77,7 +76,7 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def key(self) -> Key:
+    def key(self) -> tuple[str, str, str]:
         """What it is the record of."""
         return self.suite, self.case, self.impl
 
@@ -134,7 +133,7 @@ class Results:
         self.records = [r for r in self.records if r.key != record.key] + [record]
         self.save()
 
-    def done(self) -> set[Key]:
+    def done(self) -> set[tuple[str, str, str]]:
         return {r.key for r in self.records if r.status != "crashed"}  # which another process tries again
 
     def save(self) -> None:

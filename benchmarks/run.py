@@ -272,6 +272,10 @@ class Worker:
         theirs.close()
         return self._process
 
+    def close(self) -> None:
+        """End the process, which has a while to end by itself."""
+        self.stop(5.0)
+
     def stop(self, seconds: float = 0.0) -> None:
         """End the process; it has ``seconds`` to end by itself, which it does unless it hangs."""
         if self._process is not None:

@@ -36,7 +36,7 @@ SIGN_BIT = tl.constexpr(-(2**31))
 
 @triton.jit
 def tanh(y):
-    """Hyperbolic tangent to about an ulp; +-1 at +-inf, NaN at NaN. 1 - tanh^2 is then as good as it is of PyTorch's.
+    """Hyperbolic tangent to about an ulp, so that 1 - tanh^2 is as accurate as PyTorch's; +-1 at +-inf, NaN at NaN.
 
     In float32 17 instructions on NVIDIA: 1 / (e^2y + 1) as the inverse root of a square is one, a division eight. The
     sign is that of y because only magnitudes enter, and an overflow of e^2y gives the 1 it should.

@@ -80,6 +80,30 @@ def test_a_crash_or_a_hang_costs_one_record(tmp_path: Path, monkeypatch: pytest.
     }
 
 
+def told(case: Any, impl: str, setting: run.Setting) -> Record:
+    """In the worker: what of the environment reached it."""
+    from triton.runtime.jit import DependenciesFinder
+
+    settled = getattr(DependenciesFinder._update_hash, "settled", False)
+    return case.record(impl).failed("skipped", f"{os.environ['TRITON_CACHE_DIR']} {settled}")
+
+
+def test_the_worker_finds_the_compiled_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unpacked = []
+    for name in ("TRITON_CACHE_DIR", "TRITON_CACHE_SETTLED_KEYS", "PYTHONPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setattr(gpu, "unpack", lambda pack, folder: unpacked.append(folder) or {})
+    monkeypatch.setattr(gpu, "foreign", lambda manifest: {"triton": ("3.6.0", "3.7.1")})
+    monkeypatch.setattr(run, "measured", told)
+    command(tmp_path, "--stages", "targets", "--suites", "topk", "--impls", "plain", "--triton-cache", "x")
+    (record,) = results(tmp_path).records
+    assert record.reason == f"{unpacked[0]} True"
+    assert "triton is 3.7.1, it was 3.6.0" in capsys.readouterr().out
+    assert not unpacked[0].exists(), "it is of this run"
+
+
 def test_nothing_starts_after_the_deadline(tmp_path: Path) -> None:
     assert command(tmp_path, "--stages", "targets", "profile", "--minutes", "0") == 0
     found = results(tmp_path)

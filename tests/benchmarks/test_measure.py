@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,3 +129,55 @@ def test_the_operations_of_products_are_counted() -> None:
         assert rows[name]["tflops"] * rows[name]["ms"] * 1e9 == pytest.approx(2 * 8 * 16 * 32)
     assert rows["aten::add"]["tflops"] is None
     assert found["ms"] == pytest.approx(sum(row["ms"] for row in found["rows"]))
+
+
+def test_kernels_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch's profiler reports them: an operator on the host with its kernels, and each kernel by itself."""
+    cuda, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def kernel(name: str, us: float) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=cuda, input_shapes=[], kernels=[], self_device_time_total=us)
+
+    launched = [SimpleNamespace(name="memset", duration=1.0), SimpleNamespace(name="gemm", duration=2000.0)]
+    product = SimpleNamespace(
+        name="aten::mm", device_type=host, input_shapes=[[8, 16], [16, 32]], kernels=launched, self_cpu_time_total=9.0
+    )
+    events = [product, kernel("memset", 1.0), kernel("gemm", 2000.0), kernel("row_kernel", 500.0)]
+    found = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: contextlib.nullcontext(found))
+    monkeypatch.setattr(measure, "synchronize", lambda device: None)
+    monkeypatch.setattr(
+        measure, "_bytes_of_kernels", lambda: contextlib.nullcontext({"row_kernel": 10**6, "memset": 10**9})
+    )
+    made = measure.profile(lambda: None, torch.device("cuda"), 100.0)
+    rows = {row["name"]: row for row in made["rows"]}
+    assert [*rows] == ["gemm", "row_kernel", "memset"]
+    assert rows["gemm"]["tflops"] == pytest.approx(2 * 8 * 16 * 32 / 2.0 / 1e9)
+    assert rows["memset"]["tflops"] is None
+    assert rows["row_kernel"]["gbps"] == pytest.approx(2.0)
+    assert rows["memset"]["gbps"] is None, "it cannot have moved so much"
+    assert made["ms"] == pytest.approx(2.501)
+    monkeypatch.setattr(found, "events", lambda: [product])
+    with pytest.raises(RuntimeError, match="nothing on the device"):
+        measure.profile(lambda: None, torch.device("cuda"), 100.0)
+
+
+def test_bytes_of_kernels() -> None:
+    """Of every tensor that a launch is given, by kernel; afterwards launches are as before."""
+    jit = pytest.importorskip("triton.runtime.jit")
+
+    class Kernel(jit.KernelInterface):
+        def __init__(self, name: str) -> None:
+            self.fn = SimpleNamespace(__name__=name)
+
+        def __getitem__(self, grid: object) -> object:
+            return lambda *arguments, **options: (arguments, options)
+
+    before = Kernel.__getitem__
+    x = torch.zeros(10)
+    with measure._bytes_of_kernels() as moved:
+        assert Kernel("a")[(1,)](x, 3, out=x)[0] == (x, 3)
+        Kernel("a")[(1,)](x)
+        Kernel("b")[(1,)](torch.zeros(4, dtype=torch.int8))
+    assert moved == {"a": 120, "b": 4}
+    assert Kernel.__getitem__ is before

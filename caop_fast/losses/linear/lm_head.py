@@ -353,7 +353,7 @@ def weight_product(grad_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> T
 
 def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a GEMM of ``dtype`` in and out can be made to sum in float32, and to round only what it writes."""
-    return device.type == "cuda" and dtype == torch.bfloat16
+    return device.type == "cuda" and torch.version.hip is None and dtype == torch.bfloat16
 
 
 _SUMS_LOCK = threading.Lock()
